@@ -1,0 +1,1 @@
+"""Transport: identities in, authenticated and multiplexed connections out."""

@@ -1,0 +1,1 @@
+"""Bytes and messages: what travels, without keys, sockets or tensors' meaning."""

@@ -1,0 +1,116 @@
+"""Reading and writing bytes, with every bound checked.
+
+`Reader` is how all foreign bytes are parsed: whatever is short, long or out of range ends in
+`CodecError` and nothing else. `pack` and `unpack` are msgpack with the settings of the protocol:
+maps with text keys, canonical (a value has one encoding), bounded in size and depth.
+"""
+
+import struct
+from typing import Any
+
+import msgpack
+
+from p2pllm.errors import CodecError, LocalProtocolError
+
+_U16, _U32, _U64 = struct.Struct(">H"), struct.Struct(">I"), struct.Struct(">Q")
+
+
+class Reader:
+    """A cursor over bytes that never reads past their end."""
+
+    __slots__ = ("_at", "_view")
+
+    def __init__(self, data: bytes | bytearray | memoryview) -> None:
+        self._view = memoryview(data)
+        self._at = 0
+
+    @property
+    def remaining(self) -> int:
+        """Bytes not read yet."""
+        return len(self._view) - self._at
+
+    def take(self, num_bytes: int) -> memoryview:
+        """The next `num_bytes` bytes, not copied."""
+        if num_bytes < 0 or num_bytes > self.remaining:
+            raise CodecError(f"{num_bytes} bytes expected, {self.remaining} left")
+        start, self._at = self._at, self._at + num_bytes
+        return self._view[start : self._at]
+
+    def u8(self) -> int:
+        return self.take(1)[0]
+
+    def u16(self) -> int:
+        return int(_U16.unpack(self.take(2))[0])
+
+    def u32(self) -> int:
+        return int(_U32.unpack(self.take(4))[0])
+
+    def u64(self) -> int:
+        return int(_U64.unpack(self.take(8))[0])
+
+    def finish(self) -> None:
+        """Raise CodecError unless everything has been read."""
+        if self.remaining:
+            raise CodecError(f"{self.remaining} bytes too many")
+
+
+class Writer:
+    """Collects big-endian fields; `getvalue` joins them once."""
+
+    __slots__ = ("_parts",)
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def u8(self, value: int) -> "Writer":
+        return self._number(value, 1)
+
+    def u16(self, value: int) -> "Writer":
+        return self._number(value, 2)
+
+    def u32(self, value: int) -> "Writer":
+        return self._number(value, 4)
+
+    def u64(self, value: int) -> "Writer":
+        return self._number(value, 8)
+
+    def raw(self, value: bytes) -> "Writer":
+        self._parts.append(value)
+        return self
+
+    def getvalue(self) -> bytes:
+        return b"".join(self._parts)
+
+    def _number(self, value: int, num_bytes: int) -> "Writer":
+        try:
+            self._parts.append(value.to_bytes(num_bytes, "big"))
+        except OverflowError as exc:
+            raise LocalProtocolError(f"{value} does not fit {num_bytes} bytes") from exc
+        return self
+
+
+def pack(value: object) -> bytes:
+    """Encode maps, arrays, text, bytes, numbers, None and booleans in msgpack."""
+    try:
+        return bytes(msgpack.packb(value, use_bin_type=True))
+    except (TypeError, ValueError, OverflowError) as exc:
+        raise LocalProtocolError(f"cannot be packed: {exc}") from exc
+
+
+def unpack(data: bytes | memoryview, *, max_bytes: int) -> Any:
+    """Decode what `pack` wrote; raises CodecError for anything else or anything larger."""
+    if len(data) > max_bytes:
+        raise CodecError(f"{len(data)} bytes where {max_bytes} are allowed")
+    try:
+        # The C unpacker bounds every length by the buffer's, and the depth at 1024.
+        return msgpack.unpackb(data, raw=False, strict_map_key=True)
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as exc:
+        raise CodecError(f"not msgpack: {exc}") from exc
+
+
+def unpack_map(data: bytes | memoryview, *, max_bytes: int) -> dict[str, Any]:
+    """Decode a map with text keys."""
+    value = unpack(data, max_bytes=max_bytes)
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise CodecError("a map with text keys is expected")
+    return value

@@ -1,0 +1,519 @@
+"""Every message between peers: one frozen dataclass each, in one registry.
+
+A message on a stream is
+
+    u16 type   u8 version   u8 num_tensors   u32 num_bytes   body   tensor*
+
+with the body a msgpack map of the dataclass's fields and the tensors as in `p2pllm.wire.tensors`.
+Keys that a receiver does not know are ignored and a missing key takes the field's default, so a
+newer minor version may add fields; anything else that does not fit is a `CodecError`. Inside
+maps, a nested value (`Row`, `HopTiming`) is an array of its fields in order, to which newer
+versions may append.
+
+docs/protocol.md tells what each message is for and who answers it with what.
+"""
+
+import enum
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+from p2pllm.errors import REQUEST_ERRORS, CodecError, LocalProtocolError, RequestFailed
+from p2pllm.ids import ModelId, PeerId, SessionId
+from p2pllm.spans import Span
+from p2pllm.wire.codec import Reader, Writer, pack, unpack_map
+from p2pllm.wire.tensors import WireTensor, read_tensor
+
+MAX_BODY_BYTES = 64 * 2**10  # everything but tensors; the largest is a 16 KiB page of records
+MAX_TENSORS = 4
+MAX_TEXT = 1024  # characters of an error's sentence or a name
+MAX_ITEMS = 1024  # entries of any array in a body
+HEAD_BYTES = 8
+
+
+class Echo(enum.IntEnum):
+    """Which of a hop's outputs it also sends to the client (design, section 5)."""
+
+    NONE = 0
+    DECODE_ONLY = 1
+    ALL = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """What a server computes in: servers with equal numerics give equal results.
+
+    `dtype` is the compute type ("float32", "bfloat16", "float16"), `quantization` how weights are
+    held ("none" or a scheme's name), `kv_dtype` the type of cached keys and values.
+    """
+
+    dtype: str
+    quantization: str = "none"
+    kv_dtype: str = ""
+
+    def __str__(self) -> str:
+        extras = [self.quantization] if self.quantization != "none" else []
+        extras += [f"kv {self.kv_dtype}"] if self.kv_dtype not in ("", self.dtype) else []
+        return " ".join([self.dtype, *extras])
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence's part of a step: `num_tokens` tokens at `position`, …
+
+    Fenced by `epoch` (rises with every change of route), numbered by `step` (rises by one).
+    `acked` is the newest step whose output the client holds: older kept outputs may go.
+    """
+
+    session: SessionId
+    epoch: int
+    step: int
+    position: int
+    num_tokens: int
+    acked: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class HopTiming:
+    """What one hop did with a step, all in seconds (`sent_at` on the hop's own clock)."""
+
+    queue_s: float
+    compute_s: float
+    sent_at: float
+
+
+MESSAGES: dict[int, type["Message"]] = {}
+M = TypeVar("M", bound="type[Message]")
+
+
+class Message:
+    """Base of all messages; subclasses are frozen dataclasses made known by `@message`."""
+
+    __slots__ = ()
+    TYPE: ClassVar[int]
+    VERSION: ClassVar[int]
+
+
+def message(number: int, version: int = 1) -> Callable[[M], M]:
+    """Enter a dataclass into the registry as type `number`, which is never reused."""
+
+    def register(cls: M) -> M:
+        if number in MESSAGES:
+            raise LocalProtocolError(f"message type {number} is taken")
+        cls.TYPE, cls.VERSION = number, version
+        MESSAGES[number] = cls
+        return cls
+
+    return register
+
+
+# --- any request -----------------------------------------------------------------------------
+
+
+@message(1)
+@dataclass(frozen=True, slots=True)
+class ErrorReply(Message):
+    """The answer to a request that failed. `error` is a code of `p2pllm.errors`."""
+
+    error: int
+    text: str
+    retry_after_s: float = 0.0
+    expected: int = 0
+
+    def to_exception(self) -> RequestFailed:
+        """The error as the exception class that its code stands for."""
+        cls = REQUEST_ERRORS.get(self.error, RequestFailed)
+        return cls(self.text, retry_after_s=self.retry_after_s, expected=self.expected)
+
+    @classmethod
+    def from_exception(cls, exc: RequestFailed) -> "ErrorReply":
+        """The reply that makes the other side raise the same."""
+        return cls(exc.code, exc.message[:MAX_TEXT], exc.retry_after_s, exc.expected)
+
+
+@message(2)
+@dataclass(frozen=True, slots=True)
+class Ack(Message):
+    """Received; nothing more to say."""
+
+
+# --- DHT -------------------------------------------------------------------------------------
+
+
+@message(16)
+@dataclass(frozen=True, slots=True)
+class FindNode(Message):
+    """Which peers do you know closest to `target`? Answered with `Nodes`.
+
+    `sender` is the asker's signed peer record if it serves the DHT itself, else empty.
+    """
+
+    target: bytes
+    sender: bytes = b""
+
+
+@message(17)
+@dataclass(frozen=True, slots=True)
+class Nodes(Message):
+    """Signed peer records (`p2pllm.wire.records`) of the closest peers known, closest first."""
+
+    nodes: tuple[bytes, ...]
+
+
+@message(18)
+@dataclass(frozen=True, slots=True)
+class FindValue(Message):
+    """The records at `key`, from `cursor` on, and the closest peers. Answered with `Values`.
+
+    `subkey` narrows to one writer's slot (empty: all).
+    """
+
+    namespace: str
+    key: bytes
+    subkey: bytes = b""
+    cursor: int = 0
+    sender: bytes = b""
+
+
+@message(19)
+@dataclass(frozen=True, slots=True)
+class Values(Message):
+    """A page of records, the `cursor` of the next page (0: none), and the closest peers.
+
+    `ages_s` says for each record how long ago the storer received it; `records` and `nodes`
+    together stay within 16 KiB.
+    """
+
+    records: tuple[bytes, ...]
+    cursor: int
+    nodes: tuple[bytes, ...]
+    ages_s: tuple[float, ...] = ()
+
+
+@message(20)
+@dataclass(frozen=True, slots=True)
+class Store(Message):
+    """Keep these records. Answered with `Stored`."""
+
+    records: tuple[bytes, ...]
+    sender: bytes = b""
+
+
+@message(21)
+@dataclass(frozen=True, slots=True)
+class Stored(Message):
+    """For each record of the `Store`, in order: "" if kept, else why not."""
+
+    refusals: tuple[str, ...]
+
+
+# --- inference -------------------------------------------------------------------------------
+
+
+@message(32)
+@dataclass(frozen=True, slots=True)
+class Open(Message):
+    """Open a session on one hop, or take it over under a higher epoch. Answered with `Opened`.
+
+    `push_token` is what this hop's predecessor will present; `next_hop` (the next hop's signed
+    peer record, empty for the last) and `next_token` are what this hop needs to push onwards.
+    """
+
+    session: SessionId
+    epoch: int
+    span: Span
+    max_tokens: int
+    model: ModelId
+    numerics: Numerics
+    push_token: bytes
+    client: PeerId
+    next_hop: bytes = b""
+    next_token: bytes = b""
+    echo: Echo = Echo.NONE
+    codec: int = 0
+    wait_s: float = 0.0
+
+
+@message(33)
+@dataclass(frozen=True, slots=True)
+class Opened(Message):
+    """The session is open with room for `max_tokens`, and stays while used within `lease_s`.
+
+    `next_rtt_s` is the measured round trip to the next hop; negative if it could not be reached
+    or there is none. `position` is the cache's length (above 0 when taken over).
+    """
+
+    lease_s: float
+    position: int = 0
+    next_rtt_s: float = -1.0
+    numerics: Numerics = Numerics("")
+
+
+@message(34)
+@dataclass(frozen=True, slots=True)
+class Step(Message):
+    """Compute these rows; pushed to a hop by the client or by the hop before it.
+
+    `tensor` packs the rows' hidden states in order: (sum of num_tokens, D). `tokens` holds one
+    push token per row when a hop pushes (the client proves itself by its PeerId). `timings`
+    grows by one entry per hop. `budget_s` is the time left when it was sent.
+    """
+
+    rows: tuple[Row, ...]
+    tensor: WireTensor
+    tokens: tuple[bytes, ...] = ()
+    timings: tuple[HopTiming, ...] = ()
+    budget_s: float = 0.0
+
+
+@message(35)
+@dataclass(frozen=True, slots=True)
+class Output(Message):
+    """Pushed to the client: the last hop's result of a step, or an echo of an earlier hop's."""
+
+    rows: tuple[Row, ...]
+    tensor: WireTensor
+    timings: tuple[HopTiming, ...] = ()
+    is_echo: bool = False
+
+
+@message(36)
+@dataclass(frozen=True, slots=True)
+class HopFailed(Message):
+    """Pushed to the client: these rows of a step went no further than the sender.
+
+    `error` and `text` as in `ErrorReply`; `next_hop` is the unreachable successor (empty: the
+    fault is the sender's own).
+    """
+
+    rows: tuple[Row, ...]
+    error: int
+    text: str
+    next_hop: bytes = b""
+    retry_after_s: float = 0.0
+    expected: int = 0
+
+
+@message(37)
+@dataclass(frozen=True, slots=True)
+class Rewire(Message):
+    """Change a hop's successor under a new epoch. Answered with `Opened`."""
+
+    session: SessionId
+    epoch: int
+    next_hop: bytes = b""
+    next_token: bytes = b""
+
+
+@message(38)
+@dataclass(frozen=True, slots=True)
+class Close(Message):
+    """The session is over; free its pages. Answered with `Ack`, also if it is unknown."""
+
+    sessions: tuple[SessionId, ...]
+    epoch: int
+
+
+@message(39)
+@dataclass(frozen=True, slots=True)
+class Fork(Message):
+    """Copy the first `position` tokens of a session into a new one. Answered with `Opened`."""
+
+    session: SessionId
+    epoch: int
+    new_session: SessionId
+    position: int
+    push_token: bytes = b""
+
+
+# --- bodies ----------------------------------------------------------------------------------
+
+
+def encode_head(msg: Message) -> bytes:
+    """Head and body: all but the tensors, which `tensors_of` gives."""
+    body: dict[str, Any] = {}
+    for name, _, to_wire, _ in _schema(type(msg)):
+        value = getattr(msg, name)
+        if to_wire is not None:
+            body[name] = to_wire(value)
+    packed = pack(body)
+    if len(packed) > MAX_BODY_BYTES:
+        raise LocalProtocolError(f"{type(msg).__name__} of {len(packed)} bytes is too large")
+    writer = Writer().u16(msg.TYPE).u8(msg.VERSION).u8(len(tensors_of(msg))).u32(len(packed))
+    return writer.raw(packed).getvalue()
+
+
+def tensors_of(msg: Message) -> tuple[WireTensor, ...]:
+    """The tensors that follow the body, in the order of the fields."""
+    return tuple(
+        getattr(msg, name) for name, _, to_wire, _ in _schema(type(msg)) if to_wire is None
+    )
+
+
+def encode_message(msg: Message) -> list[bytes | bytearray | memoryview]:
+    """The message as buffers to be sent one after the other; tensor data is not copied."""
+    buffers: list[bytes | bytearray | memoryview] = [encode_head(msg)]
+    for tensor in tensors_of(msg):
+        buffers += [tensor.head_bytes(), tensor.data]
+    return buffers
+
+
+def decode_message(data: bytes | bytearray | memoryview) -> Message:
+    """Parse one whole message; raises CodecError. Tensor data stays a view of `data`."""
+    reader = Reader(data)
+    number, version, num_tensors = reader.u16(), reader.u8(), reader.u8()
+    cls = MESSAGES.get(number)
+    if cls is None:
+        raise CodecError(f"unknown message type {number}")
+    if version < 1:
+        raise CodecError(f"message version {version}")
+    if num_tensors > MAX_TENSORS:
+        raise CodecError(f"{num_tensors} tensors; at most {MAX_TENSORS} are allowed")
+    num_bytes = reader.u32()
+    if num_bytes > MAX_BODY_BYTES:
+        raise CodecError(f"a body of {num_bytes} bytes; {MAX_BODY_BYTES} are allowed")
+    body = unpack_map(reader.take(num_bytes), max_bytes=MAX_BODY_BYTES)
+    tensors = [read_tensor(reader) for _ in range(num_tensors)]
+    reader.finish()
+    return _build(cls, body, tensors)
+
+
+def _build(cls: type[Message], body: dict[str, Any], tensors: list[WireTensor]) -> Message:
+    values: dict[str, Any] = {}
+    spare = iter(tensors)
+    for name, default, to_wire, from_wire in _schema(cls):
+        if to_wire is None:
+            tensor = next(spare, None)
+            if tensor is None:
+                raise CodecError(f"{cls.__name__} lacks its tensor")
+            values[name] = tensor
+        elif name in body:
+            values[name] = from_wire(body[name])
+        elif default is MISSING:
+            raise CodecError(f"{cls.__name__} lacks {name!r}")
+    return cls(**values)
+
+
+# --- schemas: one pair of functions per field, made once per class from its annotations --------
+
+_Convert = Callable[[Any], Any]
+_Field = tuple[str, Any, _Convert | None, _Convert]  # name, default, to wire, from wire
+_SCHEMAS: dict[type, list[_Field]] = {}
+
+
+def _schema(cls: type) -> list[_Field]:
+    schema = _SCHEMAS.get(cls)
+    if schema is None:
+        hints = typing.get_type_hints(cls)
+        schema = _SCHEMAS[cls] = []
+        for item in fields(cls):
+            to_wire, from_wire = _converters(hints[item.name])
+            schema.append((item.name, item.default, to_wire, from_wire))
+    return schema
+
+
+def _converters(kind: Any) -> tuple[_Convert | None, _Convert]:
+    if kind is WireTensor:
+        return None, _same
+    if kind in _SCALARS:
+        return _same, _SCALARS[kind]
+    if kind in _IDS:
+        return _IDS[kind]
+    if isinstance(kind, type) and issubclass(kind, enum.IntEnum):
+        return int, lambda value: _enum(kind, value)
+    if typing.get_origin(kind) is tuple:
+        item_to, item_from = _converters(typing.get_args(kind)[0])
+        assert item_to is not None, "tensors stand alone"
+        return (
+            lambda value: [item_to(item) for item in value],
+            lambda value: tuple(item_from(item) for item in _array(value)),
+        )
+    assert not isinstance(kind, types.UnionType), "an absent value has a default, not a None"
+    return lambda value: [to(getattr(value, n)) for n, _, to, _ in _schema(kind) if to], (
+        lambda value: _nested(kind, value)
+    )
+
+
+def _nested(cls: type, value: Any) -> Any:
+    items, schema = _array(value), _schema(cls)
+    if len(items) < sum(default is MISSING for _, default, _, _ in schema):
+        raise CodecError(f"{cls.__name__} is too short")
+    return cls(*(convert(item) for item, (_, _, _, convert) in zip(items, schema, strict=False)))
+
+
+def _array(value: Any) -> list[Any]:
+    if type(value) is not list or len(value) > MAX_ITEMS:
+        raise CodecError(f"an array of at most {MAX_ITEMS} items is expected")
+    return value
+
+
+def _enum(kind: type[enum.IntEnum], value: Any) -> enum.IntEnum:
+    try:
+        return kind(_int(value))
+    except ValueError as exc:
+        raise CodecError(str(exc)) from exc
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _int(value: Any) -> int:
+    if type(value) is not int or not -(2**31) <= value < 2**63:
+        raise CodecError("an integer is expected")
+    return value
+
+
+def _float(value: Any) -> float:
+    if type(value) not in (int, float) or not -1e15 < value < 1e15:  # refuses NaN as well
+        raise CodecError("a finite number is expected")
+    return float(value)
+
+
+def _bool(value: Any) -> bool:
+    if type(value) is not bool:
+        raise CodecError("true or false is expected")
+    return value
+
+
+def _bytes(value: Any) -> bytes:
+    if type(value) is not bytes:
+        raise CodecError("bytes are expected")
+    return value
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str or len(value) > MAX_TEXT:
+        raise CodecError(f"a text of at most {MAX_TEXT} characters is expected")
+    return value
+
+
+def _sized(value: Any, num_bytes: int) -> bytes:
+    if len(_bytes(value)) != num_bytes:
+        raise CodecError(f"{num_bytes} bytes are expected")
+    return _bytes(value)
+
+
+def _span(value: Any) -> Span:
+    items = [_int(item) for item in _array(value)]
+    if len(items) < 2 or not 0 <= items[0] < items[1] < 2**16:
+        raise CodecError("not a span of blocks")
+    return Span(items[0], items[1])
+
+
+def _model(value: Any) -> ModelId:
+    items = _array(value)
+    if len(items) < 2:
+        raise CodecError("not a model id")
+    return ModelId(_sized(items[0], 32), _text(items[1]))
+
+
+_SCALARS: dict[Any, _Convert] = {int: _int, float: _float, bool: _bool, bytes: _bytes, str: _text}
+_IDS: dict[Any, tuple[_Convert, _Convert]] = {
+    PeerId: (lambda value: value.key, lambda value: PeerId(_sized(value, 32))),
+    SessionId: (lambda value: value.value, lambda value: SessionId(_sized(value, 16))),
+    ModelId: (lambda value: [value.digest, value.name], _model),
+    Span: (lambda value: [value.start, value.stop], _span),
+}
