@@ -1,3 +1,36 @@
-"""p2pllm: run and fine-tune language models together, on a swarm of ordinary computers."""
+"""p2pllm: run and fine-tune language models together, on a swarm of ordinary computers.
 
-__version__ = "0.1.0"
+    async with p2pllm.connect(peers=["203.0.113.7:31337"]) as swarm:
+        model = await swarm.model()
+        async for piece in model.generate("The capital of France is", max_new_tokens=32):
+            print(piece, end="", flush=True)
+
+`p2pllm.sync` has the same calls without async. Importing this package is cheap: torch and the
+transport are imported when something of them is first used.
+"""
+
+from typing import TYPE_CHECKING
+
+from p2pllm.version import __version__
+
+__all__ = ["Swarm", "SwarmModel", "__version__", "connect"]
+
+if TYPE_CHECKING:
+    from p2pllm.client.client import Swarm, connect
+    from p2pllm.client.model import SwarmModel
+
+_LAZY = {
+    "connect": "p2pllm.client.client",
+    "Swarm": "p2pllm.client.client",
+    "SwarmModel": "p2pllm.client.model",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first asked for (PEP 562)."""
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module 'p2pllm' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(module), name)

@@ -32,7 +32,7 @@ class NetConfig:
     """The transport of one node."""
 
     network_id: str = DEFAULT_NETWORK  # peers of other networks are refused in the handshake
-    listen_host: str = "0.0.0.0"  # noqa: S104
+    listen_host: str = "0.0.0.0"
     listen_port: int = DEFAULT_PORT  # 0: any free port
     announce: tuple[Address, ...] = ()  # what to tell others instead of what we observe
     is_listening: bool = True  # clients need no port of their own

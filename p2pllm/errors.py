@@ -22,6 +22,7 @@
         RemoteFault             something broke at its side
       LookupFailed              the DHT gave no usable answer
       NoRoute(missing)          no chain of servers covers all blocks
+      OpenFailed(failures)      not every hop of a route could be opened    -> plan another
       SessionLost               a generation could not be continued
       CheckpointError           a file of the model is missing, truncated or of another model
       ConfigError               what the user asked for cannot be      -> tell them what can
@@ -30,7 +31,8 @@ On the wire an error is a code and a sentence (`RequestFailed.code`), never a pi
 `p2pllm.wire.messages.ErrorReply`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class P2PLLMError(Exception):
@@ -172,6 +174,17 @@ class NoRoute(P2PLLMError):
     def __init__(self, message: str, missing: Sequence[tuple[int, int]] = ()) -> None:
         super().__init__(message)
         self.missing = tuple(missing)
+
+
+class OpenFailed(P2PLLMError):
+    """Not every hop of a route could be opened.
+
+    `failures` maps the peers that failed to their errors.
+    """
+
+    def __init__(self, failures: Mapping[Any, P2PLLMError]) -> None:
+        super().__init__("; ".join(str(exc) for exc in failures.values()))
+        self.failures = dict(failures)
 
 
 class SessionLost(P2PLLMError):

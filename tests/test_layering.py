@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent / "p2pllm"
 
 # Lowest first. Packages on one line are siblings and may not import each other.
 LAYERS = [
-    {"errors"},
+    {"errors", "version"},
     {"ids", "spans", "clock", "metrics"},
     {"addresses"},
     {"config"},
@@ -30,13 +30,13 @@ LAYERS = [
 ]
 IO = {
     "clock", "net/tcp", "net/memory", "net/shaper", "net/endpoint", "net/rpc",
-    "model/hub", "dht/node", "swarm/tracker",
+    "model/hub", "model/executor", "dht/node", "swarm/tracker", "swarm/node",
     "server/worker", "server/throughput", "server/handlers", "server/announcer", "server/server",
-    "client/session", "client/compute", "client/generate", "client/model", "client/client",
+    "client/session", "client/exchange", "client/tasks", "client/generate", "client/model", "client/client",
     "sync", "sim", "cli",
 }  # fmt: skip
 TORCH = {
-    "model", "server/worker", "server/throughput",
+    "model", "server/worker", "server/throughput", "sync",
     "client/compute", "client/generate", "client/model", "sim/fake_model",
 }  # fmt: skip
 PURE_BUT = {  # root module -> who may import it

@@ -1,0 +1,1 @@
+"""A Kademlia DHT of signed records: who is where, and who serves what."""

@@ -1,0 +1,1 @@
+"""Which route through the swarm, and which span for a new server: pure functions over a view."""

@@ -1,0 +1,1 @@
+"""Serving a span of blocks to anyone who asks."""

@@ -1,0 +1,1 @@
+"""Who serves what: the members of a swarm as one value, and how it is kept fresh."""

@@ -24,7 +24,7 @@ from p2pllm.errors import REQUEST_ERRORS, CodecError, LocalProtocolError, Reques
 from p2pllm.ids import ModelId, PeerId, SessionId
 from p2pllm.spans import Span
 from p2pllm.wire.codec import Reader, Writer, pack, unpack_map
-from p2pllm.wire.tensors import WireTensor, read_tensor
+from p2pllm.wire.tensors import TensorCodec, WireTensor, read_tensor
 
 MAX_BODY_BYTES = 64 * 2**10  # everything but tensors; the largest is a 16 KiB page of records
 MAX_TENSORS = 4
@@ -65,6 +65,8 @@ class Row:
 
     Fenced by `epoch` (rises with every change of route), numbered by `step` (rises by one).
     `acked` is the newest step whose output the client holds: older kept outputs may go.
+    `tail`, if not 0, asks for the outputs of the last `tail` tokens only: after a prompt the
+    client needs one hidden state, not thousands.
     """
 
     session: SessionId
@@ -73,6 +75,12 @@ class Row:
     position: int
     num_tokens: int
     acked: int = -1
+    tail: int = 0
+
+    @property
+    def num_outputs(self) -> int:
+        """Rows of the output tensor that are this row's."""
+        return min(self.tail or self.num_tokens, self.num_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +240,8 @@ class Open(Message):
     next_hop: bytes = b""
     next_token: bytes = b""
     echo: Echo = Echo.NONE
-    codec: int = 0
+    codec: TensorCodec = TensorCodec.RAW
+    is_compressed: bool = False
     wait_s: float = 0.0
 
 
@@ -271,7 +280,10 @@ class Step(Message):
 @message(35)
 @dataclass(frozen=True, slots=True)
 class Output(Message):
-    """Pushed to the client: the last hop's result of a step, or an echo of an earlier hop's."""
+    """Pushed to the client: the last hop's result of a step, or an echo of an earlier hop's.
+
+    The rows are of one `Step`, all or some of them. `tensor` packs (sum of num_outputs, D).
+    """
 
     rows: tuple[Row, ...]
     tensor: WireTensor

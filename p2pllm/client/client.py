@@ -1,0 +1,186 @@
+"""Joining a swarm as a client.
+
+async with p2pllm.connect(peers=["203.0.113.7:31337"]) as swarm:
+    model = await swarm.model()
+    async for piece in model.generate("The capital of France is", max_new_tokens=32):
+        print(piece, end="", flush=True)
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from p2pllm.addresses import Address, parse_many
+from p2pllm.client.compute import ClientCompute
+from p2pllm.client.exchange import Exchange
+from p2pllm.client.model import SwarmModel, TextTokenizer
+from p2pllm.clock import Clock
+from p2pllm.config import DEFAULT_NETWORK, DhtConfig, NetConfig, NodeConfig
+from p2pllm.errors import ConfigError
+from p2pllm.identity import Identity
+from p2pllm.ids import ModelId
+from p2pllm.model.checkpoint import open_checkpoint
+from p2pllm.model.config import ModelConfig
+from p2pllm.model.device import choose_device, choose_dtype, wire_dtype_of
+from p2pllm.model.edges import EdgeCompute, Edges
+from p2pllm.model.executor import DeviceThread, Executor
+from p2pllm.model.hub import DEFAULT_MODEL, resolve_model
+from p2pllm.net.link import Network
+from p2pllm.net.tcp import TcpNetwork
+from p2pllm.swarm.announcements import ModelListing
+from p2pllm.swarm.node import Node
+from p2pllm.swarm.tracker import SwarmTracker, read_models
+
+Progress = Callable[[int, int], None]  # bytes fetched, bytes in all
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """What a client needs of a model."""
+
+    model_id: ModelId
+    config: ModelConfig
+    tokenizer: TextTokenizer
+    edges: EdgeCompute
+
+
+def _load_parts(name: str | None, dtype_name: str, on_progress: Progress | None) -> ModelParts:
+    """Fetch and load them; runs in the compute thread."""
+    path = resolve_model(name or "", edges=True, progress=on_progress)
+    checkpoint = open_checkpoint(path, name or DEFAULT_MODEL)
+    device = choose_device("cpu")
+    dtype = choose_dtype(dtype_name, device)
+    edges = Edges.load(
+        checkpoint.config, checkpoint.edge_weights(dtype), dtype=dtype, device=device
+    )
+    return ModelParts(checkpoint.model_id, checkpoint.config, checkpoint.tokenizer(), edges)
+
+
+class Swarm:
+    """A swarm joined as a client. Made by `connect`."""
+
+    def __init__(
+        self, node: Node, executor: Executor, tasks: asyncio.TaskGroup, rng: random.Random
+    ) -> None:
+        self.node = node
+        self._executor = executor
+        self._tasks = tasks
+        self._rng = rng
+        self._exchange = Exchange(node.endpoint)
+        self._trackers: list[asyncio.Task[None]] = []
+
+    async def models(self) -> list[ModelListing]:
+        """What the swarm's servers say they serve, one entry per server."""
+        return await read_models(self.node.dht)
+
+    async def model(
+        self, name: str | None = None, *, on_progress: Progress | None = None
+    ) -> SwarmModel:
+        """A model of the swarm, by name, directory, `.gguf` file or Hub repo (default: built in).
+
+        Fetches and loads what the client needs: tokenizer, embeddings and head. Raises
+        ConfigError (unknown model) or CheckpointError.
+        """
+        settings = self.node.config.client
+        parts = await self._executor.run(lambda: _load_parts(name, settings.dtype, on_progress))
+        return await self.use(parts)
+
+    async def use(self, parts: ModelParts) -> SwarmModel:
+        """The model of parts that are loaded already."""
+        settings = self.node.config.client
+        tracker = SwarmTracker(
+            parts.model_id,
+            parts.config.num_blocks,
+            self.node.dht,
+            self.node.endpoint.ping,
+            settings,
+            self._rng,
+        )
+        await tracker.refresh()
+        self._trackers.append(self._tasks.create_task(tracker.run()))
+        return SwarmModel(
+            endpoint=self.node.endpoint,
+            exchange=self._exchange,
+            model_id=parts.model_id,
+            config=parts.config,
+            tokenizer=parts.tokenizer,
+            compute=ClientCompute(parts.edges, self._executor),
+            tracker=tracker,
+            settings=settings,
+            wire_dtype=wire_dtype_of(parts.edges.dtype),
+            rng=self._rng,
+        )
+
+    def close(self) -> None:
+        """Stop following the models."""
+        for tracker in self._trackers:
+            tracker.cancel()
+
+
+@asynccontextmanager
+async def connect(
+    peers: Iterable[str | Address] = (),
+    *,
+    swarm: str = DEFAULT_NETWORK,
+    dtype: str = "auto",
+    wire_codec: str = "auto",
+    config: NodeConfig | None = None,
+    identity: Identity | None = None,
+    network: Network | None = None,
+    clock: Clock | None = None,
+    executor: Executor | None = None,
+    rng: random.Random | None = None,
+) -> AsyncIterator[Swarm]:
+    """Join the swarm that `peers` (any members of it) belong to, as a client.
+
+    `dtype` is what the client computes in, `wire_codec` how hidden states travel ("raw", "bf16",
+    "int8" or "auto"). `config` gives everything else; without one, a client that is not listening
+    and has a new identity. Raises ConfigError for a wrong address or no peer, PeerUnreachable if
+    none answers.
+    """
+    config = config or client_config(swarm)
+    given = parse_many(str(peer) for peer in peers)
+    config = replace(
+        config,
+        peers=config.peers + given,
+        client=replace(config.client, dtype=dtype, wire_codec=wire_codec),
+    )
+    _require_peers(config)
+    thread = executor or DeviceThread("p2pllm-client")
+    try:
+        async with Node.open(
+            config,
+            identity or Identity.generate(),
+            network=network or TcpNetwork(),
+            clock=clock,
+            rng=rng,
+        ) as node:
+            await node.join()
+            async with asyncio.TaskGroup() as tasks:
+                joined = Swarm(node, thread, tasks, rng or random.Random())
+                try:
+                    yield joined
+                finally:
+                    joined.close()
+    finally:
+        if isinstance(thread, DeviceThread):
+            thread.close()
+
+
+def _require_peers(config: NodeConfig) -> None:
+    if not config.peers and not (config.table_path and Path(config.table_path).exists()):
+        raise ConfigError(
+            "no peers given: name at least one member of the swarm, as HOST:PORT "
+            "(a server or bootstrap node prints its addresses when it starts)"
+        )
+
+
+def client_config(network_id: str) -> NodeConfig:
+    """A node that only asks: it listens nowhere, and the DHT never sends anybody to it."""
+    return NodeConfig(
+        net=NetConfig(network_id=network_id, is_listening=False),
+        dht=DhtConfig(is_client=True),
+    )

@@ -1,0 +1,182 @@
+"""Checkpoint: a model's files, opened: its config, its identity, and its weights on demand.
+
+Two kinds of source give tensors under Hugging Face names: a directory with safetensors
+(`hf_directory`) and a GGUF file (`gguf_llama`). A server reads the blocks of its span, a client
+the embedding, the final norm and the head; nothing else is touched.
+
+**Identity.** All who hold the same source must compute the same ModelId, also those who have
+downloaded two shards of thirty: so it depends on what everyone has, and on no tensor's data. It
+hashes the config, the names, shapes and types of the tensors that the model uses, and the
+tokenizer with its chat template. Names come from the source's index, and all that the model needs
+must be there; shapes follow from the config, and each tensor's real shape is compared when it is
+read; types are those of the GGUF file, or the one that `config.json` declares. It does not
+tell apart fine-tunes that share all of this and differ in values only.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from p2pllm.errors import CheckpointError
+from p2pllm.ids import ModelId
+from p2pllm.model.config import ModelConfig
+from p2pllm.model.families import family_of
+from p2pllm.model.gguf_llama import GgufLlama
+from p2pllm.model.hf_directory import HfDirectory
+from p2pllm.model.tokenizer import Tokenizer
+
+MAX_NAME_CHARS = 128  # what a model listing in the DHT takes
+# Buffers of old checkpoints, which follow from the config.
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+
+
+class TensorSource(Protocol):
+    """Where a checkpoint's tensors come from; all names are those of Hugging Face files."""
+
+    path: Path
+    config: ModelConfig
+
+    @property
+    def types(self) -> Mapping[str, str]:
+        """The type of every tensor of the whole model, whether it is here or not."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in any float type; raises CheckpointError naming file and tensor."""
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+
+    def tokenizer_hash(self) -> bytes:
+        """A digest of everything that decides what it does."""
+
+
+def open_checkpoint(path: Path, name: str = "") -> "Checkpoint":
+    """Open a Hugging Face directory or a `.gguf` file.
+
+    `name` is what people call the model; left out, it follows from the path. Raises
+    CheckpointError for what is missing, damaged, not supported or does not fit together.
+    """
+    if path.is_dir():
+        return Checkpoint(HfDirectory(path), name)
+    if path.suffix == ".gguf":
+        return Checkpoint(GgufLlama(path), name)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or directory")
+    raise CheckpointError(f"{path}: neither a model directory nor a .gguf file")
+
+
+class Checkpoint:
+    """An open model. Its methods may be called from any one thread at a time."""
+
+    def __init__(self, source: TensorSource, name: str = "") -> None:
+        self.path = source.path
+        self.config = source.config
+        self._source = source
+        self._name = name or _name_of(source.path)
+        self._family = family_of(source.config)
+        self._check_names()
+
+    @cached_property
+    def model_id(self) -> ModelId:
+        """The model's identity; reads no tensor."""
+        types = self._source.types
+        index = {name: [types[name], list(shape)] for name, shape in self._shapes.items()}
+        identity = {
+            "config": self.config.canonical(),
+            "tensors": index,
+            "tokenizer": self._source.tokenizer_hash().hex(),
+        }
+        text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+        return ModelId(hashlib.sha256(text.encode()).digest(), self._name)
+
+    @property
+    def block_parameters(self) -> int:
+        """How many numbers one block holds; known without reading it."""
+        shapes = self._family.block_shapes(self.config)
+        return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+    def block_weights(self, index: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """The tensors of block `index` by their local names ("self_attn.q_proj.weight", …)."""
+        prefix = self._family.block_prefix.format(index)
+        return self._read(prefix, self._family.block_shapes(self.config), dtype)
+
+    def edge_weights(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Embedding, final norm and, unless it is tied, the head, by their full names."""
+        return self._read("", self._family.edge_shapes(self.config), dtype)
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; takes a moment to build, so keep it."""
+        tokenizer = self._source.tokenizer()
+        if tokenizer.base_size > self.config.vocab_size:
+            raise CheckpointError(
+                f"{self.path}: the tokenizer has {tokenizer.base_size} tokens, the model "
+                f"{self.config.vocab_size}"
+            )
+        return tokenizer
+
+    def _read(
+        self, prefix: str, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        weights = {}
+        for name, shape in shapes.items():
+            tensor = self._source.read(prefix + name)
+            if tuple(tensor.shape) != shape:
+                raise CheckpointError(
+                    f"{self.path}: tensor {prefix}{name} is {tuple(tensor.shape)}; by the config "
+                    f"it is {shape}"
+                )
+            weights[name] = tensor.to(dtype)
+        return weights
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """All tensors that the model uses, by their full names."""
+        shapes = self._family.edge_shapes(self.config)
+        in_block = self._family.block_shapes(self.config)
+        for index in range(self.config.num_blocks):
+            prefix = self._family.block_prefix.format(index)
+            shapes |= {prefix + name: shape for name, shape in in_block.items()}
+        return shapes
+
+    def _check_names(self) -> None:
+        """The source has all tensors of the config, and no further ones in its blocks."""
+        present = self._source.types
+        # The first block of a config that promises a billion is enough to refuse it.
+        if self.config.num_blocks > len(present):
+            raise CheckpointError(
+                f"{self.path}: {len(present)} tensors for {self.config.num_blocks} blocks"
+            )
+        if missing := self._shapes.keys() - present.keys():
+            raise CheckpointError(f"{self.path}: tensor {_first(missing)} is missing")
+        # An unknown tensor in a block, say a norm of the queries, would change every result.
+        unknown = {name for name in present.keys() - self._shapes.keys() if _matters(name)}
+        if unknown:
+            raise CheckpointError(
+                f"{self.path}: tensor {_first(unknown)} is not one of a "
+                f"{self.config.model_type} model as its config describes it"
+            )
+
+
+def _matters(name: str) -> bool:
+    return ".layers." in name and not _IGNORED.search(name)
+
+
+def _first(names: Iterable[str]) -> str:
+    return min(names, key=lambda name: (len(name), name))
+
+
+def _name_of(path: Path) -> str:
+    """A name for people: the Hub repo of a snapshot in its cache, else that of the file."""
+    repo = path.parent.parent.name
+    if path.parent.name == "snapshots" and repo.startswith("models--"):
+        name = repo.removeprefix("models--").replace("--", "/")
+    else:
+        name = path.resolve().name.removesuffix(".gguf")
+    return re.sub(r"[^\w./-]", "_", name, flags=re.ASCII)[:MAX_NAME_CHARS]

@@ -1,0 +1,77 @@
+"""The client's part of a model: embedding in front of the blocks; norm and head behind them.
+
+Sequences are packed as everywhere: (N,) token ids of any number of sequences in, (N, D) out.
+A client that samples needs logits of the last token of each sequence only, and passes those.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from p2pllm.model.config import ModelConfig
+from p2pllm.model.families import family_of
+from p2pllm.model.families.family import Weights
+from p2pllm.model.layers import Linear, RmsNorm
+from p2pllm.model.span_model import check_shapes
+
+
+class EdgeCompute(Protocol):
+    """What a client computes itself: `Edges`, or the simulator's stand-in."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (N,) to hidden states (N, D)."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The last block's output (N, D) to logits (N, V), float32."""
+
+
+class Edges:
+    """Embedding, final norm and LM head of a model, on one device in one dtype."""
+
+    def __init__(self, embedding: Tensor, norm: RmsNorm, head: Linear) -> None:
+        self.dtype: torch.dtype = embedding.dtype
+        self.device: torch.device = embedding.device
+        self._embedding = embedding  # (V, D); the head's weight too where they are tied
+        self._norm = norm
+        self._head = head
+
+    @classmethod
+    def load(
+        cls,
+        config: ModelConfig,
+        weights: Weights,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> "Edges":
+        """Build from the tensors named by `Family.edge_shapes`, or raise CheckpointError."""
+        family = family_of(config)
+        shapes = family.edge_shapes(config)
+        check_shapes(shapes, weights)
+        own = {name: weights[name].to(device, dtype) for name in shapes}
+        embedding = own[family.embedding]
+        return cls(
+            embedding,
+            RmsNorm(own[family.final_norm], config.norm_eps),
+            Linear(own.get(family.head, embedding)),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return int(self._embedding.shape[0])
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (N,) to hidden states (N, D)."""
+        with torch.inference_mode():
+            return F.embedding(ids.to(self.device), self._embedding)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The last block's output (N, D) to logits (N, V), float32."""
+        with torch.inference_mode():
+            return self._head(self._norm(hidden.to(self.device, self.dtype))).float()

@@ -1,0 +1,291 @@
+"""Sessions of a server: who may do what to which cache, in which order.
+
+A session is one sequence's keys and values in this server's blocks, reserved by `Open` and kept
+while it is used within its lease. Three rules keep it right whatever the network does
+(docs/architecture.md, "Fencing and order"):
+
+- **Epochs.** Every change of route raises the epoch. A request with an older one comes from a
+  route that was given up, and is refused.
+- **Steps apply once.** Step numbers rise by one. A repeated step is not computed again: its kept
+  output is sent again. Outputs are kept until the client acknowledges them, at most `WINDOW`.
+- **Position says where.** A new step at `position < length` truncates first (a rollback); one at
+  `position > length` is `OutOfOrder`.
+
+Pure: no clock, no tensors. Outputs are opaque to it.
+"""
+
+import hmac
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from p2pllm.errors import (
+    BadRequest,
+    Busy,
+    CacheFull,
+    Forbidden,
+    OutOfOrder,
+    SessionUnknown,
+    StaleEpoch,
+)
+from p2pllm.ids import PeerId, SessionId
+from p2pllm.server.pages import PAGE_TOKENS, PageAllocator, pages_for
+from p2pllm.spans import Span
+from p2pllm.wire.messages import Open, Row
+
+WINDOW = 16  # steps of one session under way or kept: a pipelined prefill needs hops + 2
+
+OutputT = TypeVar("OutputT")
+
+
+@dataclass
+class Session(Generic[OutputT]):
+    """One sequence's state. `length` counts tokens of accepted steps, computed or queued."""
+
+    id: SessionId
+    client: PeerId
+    epoch: int
+    span: Span
+    max_tokens: int
+    pages: tuple[int, ...]
+    request: Open  # what it was opened with: codec, tokens, successor
+    expires: float
+    length: int = 0
+    last_step: int | None = None
+    running: set[int] = field(default_factory=set)  # accepted, output not there yet
+    kept: OrderedDict[int, OutputT] = field(default_factory=OrderedDict)
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Compute this row."""
+
+    row: Row
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated(Generic[OutputT]):
+    """The row was seen before; `output` is its kept result, None while it is being computed."""
+
+    row: Row
+    output: OutputT | None
+
+
+class SessionTable(Generic[OutputT]):
+    """All sessions of a server, with their pages and leases."""
+
+    def __init__(self, pages: PageAllocator, *, max_sessions: int, lease_s: float) -> None:
+        self._pages = pages
+        self._max_sessions = max_sessions
+        self._lease_s = lease_s
+        self._sessions: dict[SessionId, Session[OutputT]] = {}
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __iter__(self) -> Iterator[Session[OutputT]]:
+        return iter(self._sessions.values())
+
+    def get(self, session: SessionId) -> Session[OutputT] | None:
+        """The session, if it is held."""
+        return self._sessions.get(session)
+
+    # --- opening and closing -------------------------------------------------------------
+
+    def open(self, request: Open, now: float, *, others_wait: bool = False) -> Session[OutputT]:
+        """Reserve a session, or take one over under a higher epoch.
+
+        Raises StaleEpoch, Forbidden (another client's session), Busy (too many sessions) or
+        CacheFull. Taking over with the same span keeps the cache; with another one, or for more
+        tokens than were reserved, the cache starts again from nothing.
+        """
+        held = self._sessions.get(request.session)
+        if held is not None:
+            self._authorise(held, request.client, request.epoch)
+            if held.span == request.span and held.max_tokens >= request.max_tokens:
+                held.epoch, held.request = request.epoch, request
+                held.expires = now + self._lease_s
+                return held
+            self._drop(held)
+        if len(self._sessions) >= self._max_sessions:
+            raise Busy(
+                f"{self._max_sessions} sessions are open here",
+                retry_after_s=self.next_expiry_s(now),
+            )
+        pages = self._take_pages(request, now, others_wait=others_wait)
+        session: Session[OutputT] = Session(
+            id=request.session,
+            client=request.client,
+            epoch=request.epoch,
+            span=request.span,
+            max_tokens=len(pages) * PAGE_TOKENS,
+            pages=pages,
+            request=request,
+            expires=now + self._lease_s,
+        )
+        self._sessions[session.id] = session
+        return session
+
+    def _take_pages(self, request: Open, now: float, *, others_wait: bool) -> tuple[int, ...]:
+        wanted = pages_for(request.max_tokens)
+        if wanted > self._pages.num_pages:
+            raise BadRequest(
+                f"{request.max_tokens} tokens; the whole cache here holds "
+                f"{self._pages.num_pages * PAGE_TOKENS}"
+            )
+        if not self._pages.may_hold(request.client, wanted, others_wait=others_wait):
+            raise CacheFull(
+                f"{self._pages.num_free * PAGE_TOKENS} cache tokens are free, "
+                f"{request.max_tokens} asked",
+                retry_after_s=self.next_expiry_s(now),
+            )
+        return self._pages.allocate(request.client, wanted)
+
+    def close(self, session: SessionId, client: PeerId, epoch: int) -> None:
+        """Free a session's pages; unknown ones are fine, others' and fenced ones raise."""
+        held = self._sessions.get(session)
+        if held is not None:
+            self._authorise(held, client, epoch)
+            self._drop(held)
+
+    def expire(self, now: float) -> list[Session[OutputT]]:
+        """Drop the sessions whose lease is over; returns which."""
+        over = [s for s in self._sessions.values() if s.expires <= now and not s.running]
+        for session in over:
+            self._drop(session)
+        return over
+
+    def next_expiry_s(self, now: float) -> float:
+        """Seconds until the first lease may end: how long a refused client should wait."""
+        soonest = min((s.expires for s in self._sessions.values()), default=now)
+        return min(max(soonest - now, 0.5), 10.0)  # a session may also be closed any time
+
+    def _drop(self, session: Session[OutputT]) -> None:
+        del self._sessions[session.id]
+        self._pages.release(session.client, session.pages)
+
+    # --- steps ---------------------------------------------------------------------------
+
+    def on_row(
+        self, row: Row, sender: PeerId, token: bytes, now: float
+    ) -> Accepted | Repeated[OutputT]:
+        """Judge one row of a step that `sender` pushed with `token` (empty from the client).
+
+        Raises the RequestFailed that the sender should know about.
+        """
+        session = self._sessions.get(row.session)
+        if session is None:
+            raise SessionUnknown(f"session {row.session} is not open here")
+        self._authorise_push(session, row, sender, token)
+        session.expires = now + self._lease_s
+        _acknowledge(session, row.acked)
+        last = session.last_step
+        if last is not None and row.step <= last:
+            return self._repeat(session, row)
+        self._check_order(session, row)
+        session.last_step, session.length = row.step, row.position + row.num_tokens
+        session.running.add(row.step)
+        return Accepted(row)
+
+    def on_output(self, row: Row, output: OutputT, now: float) -> Session[OutputT] | None:
+        """Keep a computed row's output; returns the session if the output should be sent.
+
+        None: the session is gone, or a newer epoch no longer wants it.
+        """
+        session = self._sessions.get(row.session)
+        if session is None or row.step not in session.running:
+            return None
+        session.running.discard(row.step)
+        session.kept[row.step] = output
+        while len(session.kept) > WINDOW:
+            session.kept.popitem(last=False)
+        session.expires = now + self._lease_s
+        return session if row.epoch == session.epoch else None
+
+    def on_failed(self, row: Row) -> Session[OutputT] | None:
+        """A row could not be computed: the cache ends before it, and later steps are off."""
+        session = self._sessions.get(row.session)
+        if session is None or row.step not in session.running:
+            return None
+        session.running = {step for step in session.running if step < row.step}
+        session.length = min(session.length, row.position)
+        session.last_step = row.step - 1
+        return session
+
+    def fork(
+        self, request: Open, source: SessionId, position: int, now: float, *, others_wait: bool
+    ) -> tuple[Session[OutputT], Session[OutputT]]:
+        """Open `request` as a copy of the first `position` tokens of `source`.
+
+        Returns (source, new); the caller copies the pages. `source` must be idle.
+        """
+        held = self._sessions.get(source)
+        if held is None:
+            raise SessionUnknown(f"session {source} is not open here")
+        self._authorise(held, request.client, request.epoch)
+        if held.running:
+            raise BadRequest("a session can be forked between steps only")
+        if not 0 <= position <= held.length:
+            raise BadRequest(f"position {position} of a session of {held.length} tokens")
+        if request.session in self._sessions:
+            raise BadRequest(f"session {request.session} exists already")
+        held.expires = now + self._lease_s
+        new = self.open(request, now, others_wait=others_wait)
+        new.length = position
+        return held, new
+
+    # --- rules ---------------------------------------------------------------------------
+
+    def _authorise(self, session: Session[OutputT], client: PeerId, epoch: int) -> None:
+        if client != session.client:
+            raise Forbidden(f"session {session.id} belongs to another client")
+        if epoch < session.epoch:
+            raise StaleEpoch(f"epoch {epoch} of session {session.id}; it is at {session.epoch}")
+
+    def _authorise_push(
+        self, session: Session[OutputT], row: Row, sender: PeerId, token: bytes
+    ) -> None:
+        """The client may step its own session; anyone else needs the session's push token."""
+        if sender != session.client:
+            if not hmac.compare_digest(token, session.request.push_token):
+                raise Forbidden(f"a wrong push token for session {row.session}")
+            if row.epoch > session.epoch:
+                raise SessionUnknown(f"epoch {row.epoch} of session {row.session} is not open")
+        if row.epoch < session.epoch:
+            raise StaleEpoch(
+                f"epoch {row.epoch} of session {row.session}; it is at {session.epoch}"
+            )
+        session.epoch = row.epoch  # the client's word on its own route
+
+    def _check_order(self, session: Session[OutputT], row: Row) -> None:
+        last = session.last_step
+        if row.num_tokens < 1 or row.position < 0 or row.step < 0:
+            raise BadRequest("a row needs tokens, a position and a step number")
+        if row.position > session.length or (last is not None and row.step != last + 1):
+            raise OutOfOrder(
+                f"step {row.step} at position {row.position}; step "
+                f"{0 if last is None else last + 1} at {session.length} is next",
+                expected=session.length,
+            )
+        if row.position + row.num_tokens > session.max_tokens:
+            raise BadRequest(
+                f"position {row.position + row.num_tokens} is past the "
+                f"{session.max_tokens} tokens that the session reserved"
+            )
+        if len(session.running) >= WINDOW:
+            raise Busy(f"{WINDOW} steps of this session are under way", retry_after_s=0.05)
+
+    def _repeat(self, session: Session[OutputT], row: Row) -> Repeated[OutputT]:
+        output = session.kept.get(row.step)
+        if output is None and row.step not in session.running:
+            raise OutOfOrder(
+                f"step {row.step} was acknowledged and its output dropped",
+                expected=session.length,
+            )
+        return Repeated(row, output)
+
+
+def _acknowledge(session: Session[OutputT], acked: int) -> None:
+    while session.kept and next(iter(session.kept)) <= acked:
+        session.kept.popitem(last=False)

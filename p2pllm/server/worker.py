@@ -1,0 +1,246 @@
+"""The device thread: computes batches of rows, one after the other.
+
+The event loop asks the scheduler for a batch, the device thread decodes its inputs, runs the
+blocks over the K/V cache and codes the outputs, and the loop sends them. One hop to the thread
+and one back per batch; torch releases the interpreter lock while it multiplies. Batches never
+overlap, so the order in which the scheduler gives a session's rows is the order in which its
+cache is written.
+
+A row with NaN or infinity in it fails alone, before its batch is computed.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from p2pllm.clock import Clock
+from p2pllm.errors import BadRequest, CodecError, RemoteFault, RequestFailed
+from p2pllm.ids import PeerId, SessionId
+from p2pllm.metrics import Histogram
+from p2pllm.model.executor import Executor
+from p2pllm.model.kv_cache import CacheRow, KVCache
+from p2pllm.model.span_model import SpanCompute
+from p2pllm.model.tensor_io import decode_tensor, encode_tensor
+from p2pllm.server.scheduler import Batch, Piece, Scheduler, Task
+from p2pllm.wire.messages import HopTiming, Open, Row
+from p2pllm.wire.tensors import WireTensor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _RowInput:
+    """Where a task's hidden states lie, and where its keys and values go."""
+
+    source: "StepInput"
+    offset: int  # of its first token in the step's tensor
+    pages: tuple[int, ...]
+    outputs: list[Tensor] = field(default_factory=list)  # of the pieces computed so far
+
+
+@dataclass(eq=False)
+class StepInput:
+    """One step message: its tensor, coded, and the tasks made of its rows."""
+
+    tensor: WireTensor
+    opening: Open | None = None  # how the outputs are to be coded
+    inputs: dict[Task, _RowInput] = field(default_factory=dict)
+    hidden: Tensor | None = None  # decoded by the device thread when first needed
+
+    def add(self, task: Task, offset: int, pages: tuple[int, ...], opening: Open) -> None:
+        """Say that `task` is the rows of the tensor from `offset` on."""
+        self.opening = opening
+        self.inputs[task] = _RowInput(self, offset, pages)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Rows of one step that one batch completed, and their packed output."""
+
+    client: PeerId
+    rows: tuple[Row, ...]
+    tensor: WireTensor
+    timing: HopTiming
+    is_decode: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A row that could not be computed."""
+
+    client: PeerId
+    row: Row
+    error: RequestFailed
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What the device thread hands back: coded outputs by step, failures by task."""
+
+    coded: list[tuple[StepInput, list[Task], WireTensor]]
+    failed: list[tuple[Task, RequestFailed]]
+
+
+class Worker:
+    """Computes what the scheduler gives out. `run` until cancelled; results go to `on_results`."""
+
+    def __init__(
+        self,
+        model: SpanCompute,
+        cache: KVCache,
+        scheduler: Scheduler,
+        executor: Executor,
+        clock: Clock,
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._scheduler = scheduler
+        self._executor = executor
+        self._clock = clock
+        self._inputs: dict[Task, _RowInput] = {}
+        self._wake = asyncio.Event()
+        self.on_results: Callable[[Sequence[Finished], Sequence[Failed]], None] | None = None
+        self.batch_s = Histogram()
+        self.tokens_computed = 0
+
+    @property
+    def queue_s(self) -> float:
+        """How long rows wait lately."""
+        return self._scheduler.queue_s
+
+    def add(self, source: StepInput, tasks: Sequence[Task]) -> None:
+        """Queue the rows of a step; raises Busy, with none queued, if too many wait."""
+        self._scheduler.add(tasks)
+        self._inputs.update(source.inputs)
+        self._wake.set()
+
+    def cancel(self, session: SessionId) -> list[Row]:
+        """Forget a session's waiting rows; returns them."""
+        tasks = self._scheduler.cancel(session)
+        for task in tasks:
+            self._inputs.pop(task, None)
+        return [task.row for task in tasks]
+
+    async def copy_pages(
+        self, source: Sequence[int], target: Sequence[int], num_tokens: int
+    ) -> None:
+        """Copy the first `num_tokens` tokens of one page table to another."""
+        await self._executor.run(lambda: self._cache.copy(source, target, num_tokens))
+
+    async def run(self) -> None:
+        """Compute until cancelled."""
+        while True:
+            batch = self._scheduler.next_batch(self._now())
+            if batch is None:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            await self._run_batch(batch)
+
+    async def _run_batch(self, batch: Batch) -> None:
+        started = self._now()
+        inputs = [self._inputs[piece.task] for piece in batch.pieces]
+        try:
+            done = await self._executor.run(lambda: self._compute(batch, inputs))
+        except Exception:
+            logger.exception("batch failed span=%s rows=%d", batch.span, len(batch.pieces))
+            error = RemoteFault("the computation failed at the server")
+            done = _Done([], [(piece.task, error) for piece in batch.pieces])
+        now = self._now()
+        self.batch_s.add(now - started)
+        self.tokens_computed += sum(piece.num_tokens for piece in batch.pieces)
+        self._hand_over(batch, done, now)
+
+    def _hand_over(self, batch: Batch, done: _Done, now: float) -> None:
+        wall = self._clock.wall()
+        finished = [
+            Finished(
+                client=tasks[0].client,
+                rows=tuple(task.row for task in tasks),
+                tensor=tensor,
+                timing=HopTiming(
+                    queue_s=tasks[0].started_at - tasks[0].queued_at,
+                    compute_s=now - tasks[0].started_at,
+                    sent_at=wall,
+                ),
+                is_decode=tasks[0].is_decode,
+            )
+            for _, tasks, tensor in done.coded
+        ]
+        failed = [Failed(task.client, task.row, error) for task, error in done.failed]
+        for piece in batch.pieces:
+            if piece.is_last:
+                self._inputs.pop(piece.task, None)
+        for task, _ in done.failed:
+            self._inputs.pop(task, None)
+        assert self.on_results is not None, "the service binds itself before it runs"
+        self.on_results(finished, failed)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    # --- in the device thread --------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _compute(self, batch: Batch, inputs: Sequence[_RowInput]) -> _Done:
+        failed: list[tuple[Task, RequestFailed]] = []
+        pieces: list[tuple[Piece, _RowInput, Tensor]] = []
+        for piece, row_input in zip(batch.pieces, inputs, strict=True):
+            try:
+                hidden = self._hidden(piece, row_input)
+            except (BadRequest, CodecError) as exc:
+                failed.append((piece.task, BadRequest(str(exc))))
+            else:
+                pieces.append((piece, row_input, hidden))
+        if not pieces:
+            return _Done([], failed)
+        rows = [
+            CacheRow(row_input.pages, piece.task.row.position + piece.start, piece.num_tokens)
+            for piece, row_input, _ in pieces
+        ]
+        hidden = torch.cat([part for _, _, part in pieces]) if len(pieces) > 1 else pieces[0][2]
+        output = self._model.forward(hidden, rows, self._cache, span=batch.span)
+        return self._code(pieces, output, failed)
+
+    def _hidden(self, piece: Piece, row_input: _RowInput) -> Tensor:
+        """The piece's hidden states (num_tokens, D), decoded and checked."""
+        source = row_input.source
+        if source.hidden is None:
+            source.hidden = decode_tensor(source.tensor, dtype=self._model.dtype)
+        start = row_input.offset + piece.start
+        hidden = source.hidden[start : start + piece.num_tokens].to(self._model.device)
+        if not torch.isfinite(hidden).all():
+            raise BadRequest("the step's tensor holds NaN or infinity")
+        return hidden
+
+    def _code(
+        self,
+        pieces: Sequence[tuple[Piece, _RowInput, Tensor]],
+        output: Tensor,
+        failed: list[tuple[Task, RequestFailed]],
+    ) -> _Done:
+        """Cut the output into rows, keep the unfinished, code the finished step by step."""
+        ready: dict[StepInput, list[tuple[Task, Tensor]]] = {}
+        start = 0
+        for piece, row_input, _ in pieces:
+            row_input.outputs.append(output[start : start + piece.num_tokens])
+            start += piece.num_tokens
+            if piece.is_last:
+                result = torch.cat(row_input.outputs)[-piece.task.row.num_outputs :]
+                if torch.isfinite(result).all():
+                    ready.setdefault(row_input.source, []).append((piece.task, result))
+                else:
+                    failed.append((piece.task, RemoteFault("the output is not finite")))
+        coded = []
+        for source, results in ready.items():
+            assert source.opening is not None, "set with the first row"
+            packed = torch.cat([result for _, result in results])
+            tensor = encode_tensor(
+                packed, source.opening.codec, compress=source.opening.is_compressed
+            )
+            coded.append((source, [task for task, _ in results], tensor))
+        return _Done(coded, failed)

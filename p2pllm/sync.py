@@ -1,0 +1,171 @@
+"""The library without async: the same calls, blocking. For scripts and notebooks.
+
+    import p2pllm.sync
+
+    with p2pllm.sync.connect(peers=["203.0.113.7:31337"]) as swarm:
+        model = swarm.model()
+        for piece in model.generate("The capital of France is", max_new_tokens=32):
+            print(piece, end="", flush=True)
+
+An event loop runs in a thread of its own for as long as the `with` block; every call here runs
+one coroutine there and waits for it. Ctrl-C in the waiting thread cancels that coroutine.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:  # torch is imported when a swarm is connected, not before
+    from torch import Tensor
+
+    from p2pllm.client.client import Swarm
+    from p2pllm.client.model import Session, SwarmModel
+    from p2pllm.client.results import GenerationResult
+
+T = TypeVar("T")
+
+
+class _Portal:
+    """An event loop in a thread, and the way into it."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="p2pllm", daemon=True)
+
+    def __enter__(self) -> "_Portal":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine there; an exception here (Ctrl-C) cancels it and waits for its end."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    @contextmanager
+    def inside(self, make: Callable[[], AbstractAsyncContextManager[T]]) -> Iterator[T]:
+        """Hold an async context manager open in one task of the loop, entered and left there."""
+        entered: asyncio.Future[T] = self.call(_new_future())
+        leave: asyncio.Event = self.call(_new_event())
+
+        async def hold() -> None:
+            try:
+                async with make() as value:
+                    entered.set_result(value)
+                    await leave.wait()
+            except BaseException as exc:
+                if entered.done():
+                    raise
+                entered.set_exception(exc)
+
+        holding = asyncio.run_coroutine_threadsafe(hold(), self._loop)
+        try:
+            yield self.call(_wait_for(entered))
+        finally:
+            self._loop.call_soon_threadsafe(leave.set)
+            holding.result()
+
+
+async def _new_future() -> "asyncio.Future[Any]":
+    return asyncio.get_running_loop().create_future()
+
+
+async def _new_event() -> asyncio.Event:
+    return asyncio.Event()
+
+
+async def _wait_for(future: "asyncio.Future[T]") -> T:
+    return await future
+
+
+@contextmanager
+def connect(peers: Sequence[str] = (), **options: Any) -> Iterator["SyncSwarm"]:
+    """Join a swarm as a client; takes what `p2pllm.connect` takes."""
+    from p2pllm.client.client import connect as connect_async
+
+    with _Portal() as portal, portal.inside(lambda: connect_async(peers, **options)) as swarm:
+        yield SyncSwarm(swarm, portal)
+
+
+class SyncSwarm:
+    """A swarm joined as a client; see `p2pllm.client.client.Swarm`."""
+
+    def __init__(self, swarm: "Swarm", portal: _Portal) -> None:
+        self._swarm = swarm
+        self._portal = portal
+
+    def model(self, name: str | None = None, **options: Any) -> "SyncModel":
+        """A model of the swarm; the default model if no name is given."""
+        return SyncModel(self._portal.call(self._swarm.model(name, **options)), self._portal)
+
+
+class SyncModel:
+    """A model served by the swarm; see `p2pllm.client.model.SwarmModel`."""
+
+    def __init__(self, model: "SwarmModel", portal: _Portal) -> None:
+        self._model = model
+        self._portal = portal
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
+        """Generate text piece by piece; leaving the loop early frees the servers' memory."""
+        generation = self._model.generate(prompt, **options)
+        try:
+            while (piece := self._portal.call(_next(generation))) is not None:
+                yield piece
+        finally:
+            self._portal.call(generation.aclose())
+
+    def generate_batch(
+        self, prompts: Sequence[str | Sequence[int]], **options: Any
+    ) -> list["GenerationResult"]:
+        """Generate for several prompts at once."""
+        return self._portal.call(self._model.generate_batch(prompts, **options))
+
+    def forward(self, token_ids: Sequence[int]) -> "Tensor":
+        """Logits (T, V) of a token sequence."""
+        return self._portal.call(self._model.forward(token_ids))
+
+    @contextmanager
+    def session(self, **options: Any) -> Iterator["SyncSession"]:
+        """A session to step through by hand."""
+        with self._portal.inside(lambda: self._model.session(**options)) as session:
+            yield SyncSession(session, self._portal)
+
+
+class SyncSession:
+    """One sequence's cache along a route; see `p2pllm.client.model.Session`."""
+
+    def __init__(self, session: "Session", portal: _Portal) -> None:
+        self._session = session
+        self._portal = portal
+
+    @property
+    def position(self) -> int:
+        """How many tokens the session holds."""
+        return self._session.position
+
+    def step(self, token_ids: Sequence[int]) -> "Tensor":
+        """Logits (T, V) of the next tokens."""
+        return self._portal.call(self._session.step(token_ids))
+
+    def rollback(self, position: int) -> None:
+        """Forget all tokens from `position` on."""
+        self._session.rollback(position)
+
+
+async def _next(generation: Any) -> str | None:
+    try:
+        piece: str = await anext(generation)
+    except StopAsyncIteration:
+        return None
+    return piece
