@@ -9,11 +9,17 @@
 transport are imported when something of them is first used.
 """
 
+import os
 from typing import TYPE_CHECKING
 
 from p2pllm.version import __version__
 
 __all__ = ["Swarm", "SwarmModel", "__version__", "connect"]
+
+# OpenMP reads this when torch is loaded. Its threads spin between products by default; where
+# several processes share the cores (servers on one machine), they then spin on the core that
+# another one needs, and a step takes tens of times as long. Sleeping costs microseconds.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from p2pllm.client.client import Swarm, connect

@@ -16,9 +16,11 @@ from p2pllm.ids import PeerId
 
 _FORM = "write [PEERID@]HOST:PORT, for example 203.0.113.7:31337"
 _MAX_HOST = 255  # the longest DNS name (RFC 1035 §2.3.4)
+_PORT_DIGITS = 5
+_NOT_IN_HOST = frozenset("@[],")  # what stands between the parts of addresses and of lists
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Address:
     """One way to dial a peer. `host` is a name or an IP literal without brackets."""
 
@@ -30,7 +32,7 @@ class Address:
     def __post_init__(self) -> None:
         if not 0 < self.port < 65536:
             raise ConfigError(f"port {self.port} is not in 1 … 65535")
-        if not 0 < len(self.host) <= _MAX_HOST or any(c.isspace() or c in "@[]" for c in self.host):
+        if not _is_host(self.host):
             raise ConfigError(f"not a host: {self.host!r}; {_FORM}")
         if self.relay is not None and self.peer_id is None:
             raise ConfigError("an address through a relay must say whose it is")
@@ -55,7 +57,7 @@ class Address:
         who, at, rest = text.strip().partition("@")
         if not at:
             who, rest = "", who
-        peer_id = PeerId.parse(who) if who else None
+        peer_id = PeerId.parse(who) if at else None
         if not rest.startswith("relay:"):
             host, port = parse_host_port(rest)
             return cls(host, port, peer_id)
@@ -68,12 +70,20 @@ def parse_host_port(text: str, *, allow_zero: bool = False) -> tuple[str, int]:
     """Split "HOST:PORT" or "[v6]:PORT". Port 0 (any free port) only if `allow_zero`."""
     host, colon, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
-    if not colon or not host or not port.isdecimal() or (":" in host and not bracketed):
+    plain = host[1:-1] if bracketed else host
+    if not colon or not _is_host(plain) or (":" in plain and not bracketed):
         raise ConfigError(f"not an address: {text!r}; {_FORM}")
-    number = int(port)
-    if not (number or allow_zero) or number > 65535:
-        raise ConfigError(f"not a port: {port}; {_FORM}")
-    return host.strip("[]"), number
+    number = int(port) if port.isdecimal() and len(port) <= _PORT_DIGITS else -1
+    if number not in range(0 if allow_zero else 1, 65536):
+        raise ConfigError(f"not a port: {port!r}; {_FORM}")
+    return plain, number
+
+
+def _is_host(text: str) -> bool:
+    """Could it be a name or a literal? Whether it resolves is found out by dialling."""
+    if not 0 < len(text) <= _MAX_HOST or not text.isprintable():
+        return False
+    return not any(char.isspace() or char in _NOT_IN_HOST for char in text)
 
 
 def parse_many(values: Iterable[str]) -> tuple[Address, ...]:

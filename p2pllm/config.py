@@ -49,7 +49,6 @@ class NetConfig:
 
     frame_bytes: int = 16 * 2**10  # what a decode step may have to wait behind
     large_frame_bytes: int = 65_000  # a Noise message ends at 65,535 bytes, tag included
-    stream_window_bytes: int = 1 * 2**20
     connection_window_bytes: int = 16 * 2**20
     process_memory_bytes: int = 512 * 2**20  # received and not yet consumed, all connections
     max_message_bytes: int = 256 * 2**20

@@ -6,6 +6,7 @@ be used for another.
 """
 
 import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,27 +49,13 @@ class Identity:
         Raises ConfigError if the file exists but is not a seed, or cannot be written.
         """
         try:
+            if not path.exists():
+                _create_seed(path)
             seed = bytes.fromhex(path.read_text().strip())
-        except FileNotFoundError:
-            return cls._create(path)
         except (OSError, ValueError) as exc:
-            raise ConfigError(f"cannot read the identity in {path}: {exc}") from exc
+            raise ConfigError(f"cannot read or make the identity in {path}: {exc}") from exc
         if len(seed) != SEED_BYTES:
             raise ConfigError(f"{path} does not hold an identity (32 bytes in hex)")
-        return cls.from_seed(seed)
-
-    @classmethod
-    def _create(cls, path: Path) -> "Identity":
-        seed = os.urandom(SEED_BYTES)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(seed.hex() + "\n")
-        except FileExistsError:
-            return cls.load_or_create(path)  # another process won the race
-        except OSError as exc:
-            raise ConfigError(f"cannot write the identity to {path}: {exc}") from exc
         return cls.from_seed(seed)
 
 
@@ -82,3 +69,17 @@ def verify(peer_id: PeerId, domain: bytes, message: bytes, signature: bytes) -> 
 
 def _framed(domain: bytes, message: bytes) -> bytes:
     return len(domain).to_bytes(1, "big") + domain + message
+
+
+def _create_seed(path: Path) -> None:
+    """Write a random seed, whole or not at all; one that another process wrote first stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent)  # for its owner's eyes only
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(os.urandom(SEED_BYTES).hex() + "\n")
+        os.link(name, path)
+    except FileExistsError:
+        return
+    finally:
+        os.unlink(name)

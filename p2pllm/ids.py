@@ -6,7 +6,6 @@ A ModelId is a digest of what makes two servers interchangeable (see `ModelId`).
 """
 
 import base64
-import binascii
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,13 +45,16 @@ class PeerId:
 
     @classmethod
     def parse(cls, text: str) -> "PeerId":
-        """Read what `str` writes; raises ConfigError for anything else."""
+        """Read what `str` writes, in either case; raises ConfigError for anything else."""
         if len(text) != _PEER_ID_TEXT:
             raise ConfigError(f"not a PeerId: {text!r} (expected {_PEER_ID_TEXT} characters)")
         try:
-            return cls(base64.b32decode(text.upper() + "===="))
-        except binascii.Error as exc:
+            peer_id = cls(base64.b32decode(text.upper() + "===="))
+        except ValueError as exc:  # binascii.Error, or what it says of text beyond ASCII
             raise ConfigError(f"not a PeerId: {text!r} ({exc})") from None
+        if str(peer_id) != text.lower():  # 52 characters hold 4 bits more than a key
+            raise ConfigError(f"not a PeerId: {text!r} (its last character is not one)")
+        return peer_id
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from p2pllm.errors import ConfigError
 
+_MAX_DIGITS = 18  # of both numbers together; Python refuses to read 4301
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Span:
@@ -45,7 +47,9 @@ class Span:
     def parse(cls, text: str) -> "Span":
         """Read "10:20"; raises ConfigError with an example for anything else."""
         start, colon, stop = text.partition(":")
-        if not (colon and start.strip().isdecimal() and stop.strip().isdecimal()):
+        start, stop = start.strip(), stop.strip()
+        is_number = start.isdecimal() and stop.isdecimal() and len(start + stop) <= _MAX_DIGITS
+        if not (colon and is_number):
             raise ConfigError(f"not a span of blocks: {text!r}; write START:STOP, for example 0:10")
         return cls(int(start), int(stop))
 

@@ -26,7 +26,8 @@ LAYERS = [
     {"routing"},
     {"server", "client"},
     {"gateway", "sim"},
-    {"cli", "__init__", "__main__", "sync"},
+    {"cli", "__init__", "sync"},
+    {"__main__"},
 ]
 IO = {
     "clock", "net/tcp", "net/memory", "net/shaper", "net/endpoint", "net/rpc",
@@ -37,7 +38,7 @@ IO = {
 }  # fmt: skip
 TORCH = {
     "model", "server/worker", "server/throughput", "sync",
-    "client/compute", "client/generate", "client/model", "sim/fake_model",
+    "client/compute", "client/generate", "client/model", "sim/fake_model", "cli/doctor",
 }  # fmt: skip
 PURE_BUT = {  # root module -> who may import it
     **dict.fromkeys(["asyncio", "socket", "ssl", "threading", "time", "subprocess", "select"], IO),

@@ -1,0 +1,1 @@
+"""The command line: the only place that prints, configures logging or reads the environment."""

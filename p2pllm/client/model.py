@@ -513,19 +513,30 @@ class SwarmModel:
         """What is to be done with each measured step: it teaches the router, and the report."""
 
         def on_measure(measure: HopMeasure) -> None:
-            self.tracker.measurements.on_step(
-                measure.peer,
-                num_blocks=len(measure.span),
-                batch=measure.batch,
-                num_tokens=measure.num_tokens,
-                queue_s=measure.timing.queue_s,
-                compute_s=measure.timing.compute_s,
-                now=asyncio.get_running_loop().time(),
-            )
+            self._learn(measure)
             if generation is not None:
                 generation.on_measure(measure)
 
         return on_measure
+
+    def _learn(self, measure: HopMeasure) -> None:
+        """Let a measured step teach the router: queue and compute, and the link's bandwidth."""
+        peer, timing = measure.peer, measure.timing
+        now = asyncio.get_running_loop().time()
+        measurements = self.tracker.measurements
+        measurements.on_step(
+            peer,
+            num_blocks=len(measure.span),
+            batch=measure.batch,
+            num_tokens=measure.num_tokens,
+            queue_s=timing.queue_s,
+            compute_s=timing.compute_s,
+            now=now,
+        )
+        rtt_s = self.endpoint.rtt_s(peer) or 0.0
+        transfer_s = measure.total_s - timing.queue_s - timing.compute_s - rtt_s
+        measurements.on_transfer(None, peer, measure.num_bytes, transfer_s, now)
+        measurements.on_transfer(peer, None, measure.num_bytes, transfer_s, now)
 
 
 def _reason(exc: NoRoute | OpenFailed) -> P2PLLMError:

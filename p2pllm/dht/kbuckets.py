@@ -6,8 +6,8 @@ on, each with room for k peers. Three rules keep the table honest:
 
 - A peer enters only after *we* completed a round trip with it; what others say is a rumour.
 - Long-lived peers stay, since they are the likeliest to live on: a full bucket takes nobody in, but
-  asks for a ping of its least recently seen peer. Whoever fails twice in a row leaves, and a
-  spare that has answered takes the place.
+  asks for a ping of its least recently seen peer. Whoever fails is pinged, whoever fails twice in a
+  row leaves, and a spare that has answered takes the place.
 - At most a few peers of one address group per bucket and per table, else one network's owner
   could surround us with its own.
 
@@ -127,6 +127,9 @@ class RoutingTable:
         if entry.failures >= MAX_FAILURES or not entry.is_verified:
             self._remove(entry)
             self._promote_spare(bucket, now)
+        else:
+            # Asked again soon: a dead peer that we go on naming costs others a timeout each.
+            self._want_ping(contact)
 
     def on_contact(self, contact: Contact) -> None:
         """A newer record of a peer that may be in the table: its addresses changed."""
@@ -190,7 +193,7 @@ class RoutingTable:
         return bool(self._pings)
 
     def next_ping(self) -> Contact | None:
-        """A peer to be asked whether it still lives, since others want its place."""
+        """A peer to be asked whether it still lives: it failed once, or others want its place."""
         return self._pings.popitem(last=False)[1] if self._pings else None
 
     def bucket_to_refresh(self, now: float) -> int | None:
@@ -247,8 +250,12 @@ class RoutingTable:
         if len(spares) > self._config.k:
             spares.popitem(last=False)
         oldest = next(iter(self._buckets[bucket].values()))
-        if now - oldest.seen_at >= PING_AFTER_S and len(self._pings) < MAX_PINGS:
-            self._pings[oldest.contact.id] = oldest.contact
+        if now - oldest.seen_at >= PING_AFTER_S:
+            self._want_ping(oldest.contact)
+
+    def _want_ping(self, contact: Contact) -> None:
+        if len(self._pings) < MAX_PINGS:
+            self._pings[contact.id] = contact
 
     def _promote_spare(self, bucket: int, now: float) -> None:
         spares = self._spares.get(bucket)

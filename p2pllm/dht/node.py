@@ -213,7 +213,7 @@ class DhtNode:
         self._last_seq = 0
         self._publications: list[Publication] = []
         self._group: asyncio.TaskGroup | None = None  # of `run`
-        self._entry_points: OrderedDict[int, Contact] = OrderedDict()
+        self._entry_points: dict[int, Contact] = {}
         self._rumours: OrderedDict[int, Contact] = OrderedDict()
         self._ping_wanted = asyncio.Event()
         self._reads: dict[tuple[str, bytes, bytes], asyncio.Future[list[Record]]] = {}
@@ -236,11 +236,10 @@ class DhtNode:
 
     async def bootstrap(self, peers: Sequence[PeerId]) -> int:
         """Get to know the swarm through these peers; returns how many peers answered in all."""
-        for contact in map(Contact.of, peers[:MAX_ENTRY_POINTS]):
-            if contact.id != self._id:
-                self._entry_points.setdefault(contact.id, contact)
-        while len(self._entry_points) > MAX_ENTRY_POINTS:
-            self._entry_points.popitem(last=False)
+        entry_points = {peer.dht_id: Contact.of(peer) for peer in peers if peer != self.peer_id}
+        # The newest come first, and those of earlier calls fill what room is left.
+        merged = entry_points | self._entry_points
+        self._entry_points = dict(islice(merged.items(), MAX_ENTRY_POINTS))
         return await self._join(self._entry_points.values())
 
     async def find_node(self, target: bytes, *, is_urgent: bool = True) -> Lookup:
@@ -297,6 +296,8 @@ class DhtNode:
         if told == self._own_addresses:
             return
         self._own_addresses = told
+        if not addresses and self._own_record is None:
+            return  # a client that nobody can dial has nothing to tell
         body = PeerRecord(self.peer_id, *told).to_body()
         if self._own_record is None:
             key = peer_key(self._network_id, self.peer_id)
@@ -548,8 +549,7 @@ class DhtNode:
         except Busy:
             raise  # alive, and no worse a peer for saying so
         except _FAILURES:
-            self._counts["failures"] += 1
-            self.table.on_failure(contact, _now())
+            self._failed(contact)
             raise
 
     def _answered(self, contact: Contact, started: float) -> None:
@@ -561,14 +561,19 @@ class DhtNode:
         if self.table.has_pings:
             self._ping_wanted.set()
 
+    def _failed(self, contact: Contact) -> None:
+        self._counts["failures"] += 1
+        self.table.on_failure(contact, _now())
+        if self.table.has_pings:
+            self._ping_wanted.set()
+
     @contextmanager
     def _blaming(self, contact: Contact) -> Iterator[None]:
         """What is wrong with a reply counts against the peer that gave it."""
         try:
             yield
         except RemoteProtocolError:
-            self._counts["failures"] += 1
-            self.table.on_failure(contact, _now())
+            self._failed(contact)
             raise
 
     async def _store_at(self, closest: Sequence[Contact], record: Record, wanted: int) -> int:
@@ -691,7 +696,8 @@ class DhtNode:
             now = _now()
             self._store.expire(now)
             if not len(self.table):
-                await self._join([*self._entry_points.values(), *self.table.failed_contacts()])
+                failed = {contact.id: contact for contact in self.table.failed_contacts()}
+                await self._join((self._entry_points | failed).values())
             elif now - self._self_lookup_at >= self._config.refresh_self_s:
                 self._self_lookup_at = now
                 await self._find_node(self._id, quorum=self._config.k, is_urgent=False)

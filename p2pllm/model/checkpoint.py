@@ -88,8 +88,12 @@ class Checkpoint:
         """The model's identity; reads no tensor."""
         types = self._source.types
         index = {name: [types[name], list(shape)] for name, shape in self._shapes.items()}
+        # Fields that a later version adds are absent from today's models: None or False. They
+        # must not give them another identity.
+        values = self.config.canonical().items()
+        config = {key: value for key, value in values if value is not None and value is not False}
         identity = {
-            "config": self.config.canonical(),
+            "config": config,
             "tensors": index,
             "tokenizer": self._source.tokenizer_hash().hex(),
         }

@@ -106,7 +106,7 @@ def hf_name(name: str) -> str:
         return _EDGES[name]
     match name.split("."):
         case ["blk", number, part, kind] if number.isdecimal():
-            return f"model.layers.{int(number)}.{_IN_BLOCK.get(part, part)}.{kind}"
+            return f"model.layers.{number}.{_IN_BLOCK.get(part, part)}.{kind}"
     return name
 
 
@@ -190,13 +190,14 @@ def _llama3_scaling(file: GgufFile, config: ModelConfig) -> dict[str, Any] | Non
     if ROPE_FACTORS not in file.tensors:
         return None
     factors = file.read(ROPE_FACTORS).astype(np.float64)
-    if factors.shape != (config.head_dim // 2,) or not np.isfinite(factors).all():
+    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
+    wavelengths = 2 * math.pi * config.rope_theta**exponents
+    finite = np.isfinite(factors).all() and np.isfinite(wavelengths).all()
+    if factors.shape != wavelengths.shape or not finite:
         raise CheckpointError(f"tensor {ROPE_FACTORS} is not a factor for each frequency")
     if (factors == 1.0).all():
         return None
     factor = float(factors.max())
-    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
-    wavelengths = 2 * math.pi * config.rope_theta**exponents
     between = np.flatnonzero((factors > 1.0) & (factors < factor))
     if factor > 1.0 and between.size:
         at = between[0]

@@ -82,7 +82,7 @@ def build_tokenizer(file: GgufFile) -> Tokenizer:
 def hash_tokenizer(file: GgufFile) -> bytes:
     """SHA-256 of all metadata that describes the tokenizer and the chat template."""
     digest = hashlib.sha256()
-    for key in sorted(file.keys()):
+    for key in sorted(file):
         if key.startswith(PREFIX):
             value = file.raw(key)
             digest.update(f"{key}\0{len(value)}\0".encode())

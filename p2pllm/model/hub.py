@@ -48,6 +48,7 @@ CHUNK_BYTES = 2**20
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _BLOCK = re.compile(r"\.layers\.(\d+)\.")
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO)
 _OPTIONAL = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
 
@@ -350,13 +351,13 @@ def _file_errors(place: Path | str, num_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        if exc.errno == errno.ENOSPC:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             need = f", {num_bytes / 2**20:.0f} MiB are needed" if num_bytes else ""
             raise CheckpointError(
                 f"no space left in {place}{need}; free some, or choose another place with "
                 f"{CACHE_VARIABLE}=DIRECTORY"
             ) from exc
-        if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if exc.errno in _NOT_WRITABLE:
             raise CheckpointError(
                 f"{place} cannot be written ({exc.strerror}); choose another place with "
                 f"{CACHE_VARIABLE}=DIRECTORY"

@@ -15,6 +15,7 @@ Imports no torch, so that it can be used where none is needed.
 
 import codecs
 import enum
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,7 +66,8 @@ class Tokenizer:
         self._layout = layout
         self._strips_space = strips_space
         self._added: dict[int, tokenizers.AddedToken] = backend.get_added_tokens_decoder()
-        self._bytes: dict[int, bytes] = {}
+        self._size: int = backend.get_vocab_size()
+        self._bytes: dict[int, bytes] = {}  # found so far
         self._special = dict(special or {})
         self._template_source = template
         self.eos_ids = frozenset(eos_ids)
@@ -88,9 +90,10 @@ class Tokenizer:
         `add_special` puts the beginning-of-sequence token in front, if the model wants one.
         """
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special).ids
+            text.encode()
         except UnicodeEncodeError as exc:  # lone surrogates, from undecodable command lines
             raise ConfigError(f"the text is not valid Unicode ({exc.reason})") from exc
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special).ids
         return ids
 
     def encode_chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> list[int]:
@@ -145,7 +148,9 @@ class Tokenizer:
             return b"" if added.special and skip_special else added.content.encode()
         found = self._bytes.get(token)
         if found is None:
-            piece = self._backend.id_to_token(token) if token >= 0 else None
+            if not 0 <= token < self._size:  # of a head that is padded, perhaps
+                return b""
+            piece = self._backend.id_to_token(token)
             found = b"" if piece is None else _piece_bytes(piece, self._layout)
             self._bytes[token] = found
         return found
@@ -294,17 +299,13 @@ def _piece_bytes(piece: str, layout: Layout) -> bytes:
     return piece.replace(SPACE_MARK, " ").encode()
 
 
+@functools.cache
 def _byte_level_table() -> dict[str, bytes]:
     """GPT-2's printable stand-ins: Latin-1's visible characters are themselves, others follow."""
-    if not _BYTE_LEVEL:
-        visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        others = [byte for byte in range(256) if byte not in visible]
-        _BYTE_LEVEL.update({chr(byte): bytes([byte]) for byte in visible})
-        _BYTE_LEVEL.update({chr(0x100 + i): bytes([byte]) for i, byte in enumerate(others)})
-    return _BYTE_LEVEL
-
-
-_BYTE_LEVEL: dict[str, bytes] = {}
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    table = {chr(byte): bytes([byte]) for byte in visible}
+    return table | {chr(0x100 + place): bytes([byte]) for place, byte in enumerate(others)}
 
 
 def _to_json(value: object, indent: int | None = None) -> str:

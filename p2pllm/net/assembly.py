@@ -14,9 +14,11 @@ import numpy as np
 
 from p2pllm.errors import CodecError
 from p2pllm.net.budget import MemoryBudget
-from p2pllm.net.mux import Mux, Stream
+from p2pllm.net.mux import Mux
+from p2pllm.net.streams import Stream
 
 PREFIX_BYTES = 4
+MIN_PROGRESS = 64 * 2**10  # bytes between two looks, where others wait for memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Assembly:
         self._total = 0
         self._buffer: memoryview | None = None
         self._filled = 0
+        self._filled_before = 0  # at the last `is_stalled`
 
     def on_data(self, data: memoryview, is_end: bool) -> list[Assembled]:
         """Take a chunk; returns the messages that it completes.
@@ -78,6 +81,15 @@ class Assembly:
             self.is_ended = True
         return messages
 
+    def is_stalled(self) -> bool:
+        """Has less than `MIN_PROGRESS` of a large message come since the last time asked?
+
+        Memory that is reserved and not filled is kept from others; see `Endpoint`.
+        """
+        progress = self._filled - self._filled_before
+        self._filled_before = self._filled
+        return self._buffer is not None and progress < MIN_PROGRESS
+
     def close(self) -> None:
         """Give up: what is half received is given back."""
         self._parked.clear()
@@ -104,7 +116,8 @@ class Assembly:
         rest = chunk[missing:]
         if len(rest) >= total:
             return missing + total, Assembled(rest[:total], total)
-        self._total, self._filled = total, 0
+        self._total = total
+        self._filled = self._filled_before = 0
         # Not a bytearray: that would write zeros to all pages first, 15 ms for 64 MiB.
         self._buffer = np.empty(total, np.uint8).data
         self._mux.expect(self._stream, self._offset + missing + total)

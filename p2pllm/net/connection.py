@@ -16,8 +16,9 @@ from p2pllm.net.budget import MemoryBudget
 from p2pllm.net.frames import HEAD
 from p2pllm.net.handshake import Handshake, PeerHello
 from p2pllm.net.link import Buffer
-from p2pllm.net.mux import Event, Mux
+from p2pllm.net.mux import Mux
 from p2pllm.net.noise import TAG_BYTES, CipherState, Role
+from p2pllm.net.streams import Event
 
 LENGTH_BYTES = 2
 MIN_MESSAGE = HEAD.size + TAG_BYTES

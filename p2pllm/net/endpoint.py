@@ -171,9 +171,16 @@ class Endpoint:
     async def _keep_house(self) -> None:
         while True:
             await asyncio.sleep(HOUSEKEEPING_S)
-            idle_since = self._loop.time() - self.config.idle_close_s
+            now = self._loop.time()
             for channel in self._all_channels():
-                if self._is_spare(channel) and channel.last_used_at < idle_since:
+                if self._lacking:
+                    channel.drop_stalled()
+                idle_s = now - channel.last_used_at
+                if not self._is_spare(channel):
+                    continue
+                if not channel.is_usable and idle_s > HOUSEKEEPING_S:
+                    channel.close(Code.IDLE)  # the peer has not answered our goodbye
+                elif idle_s > self.config.idle_close_s:
                     channel.leave(Code.IDLE)
 
     # --- who we are ---------------------------------------------------------------------------
@@ -259,12 +266,18 @@ class Endpoint:
         """
         deadline = self._loop.time() + timeout_s
         buffers = self._framed(message)
-        channel = self._best(peer) or await self._reach(peer, deadline)
-        async with aclosing(channel.stream(buffers, deadline, priority)) as replies:
-            async for reply in replies:
-                if isinstance(reply, ErrorReply):
-                    raise reply.to_exception()
-                yield reply
+        while True:
+            channel = self._best(peer) or await self._reach(peer, deadline)
+            try:
+                async with aclosing(channel.stream(list(buffers), deadline, priority)) as replies:
+                    async for reply in replies:
+                        if isinstance(reply, ErrorReply):
+                            raise reply.to_exception()
+                        yield reply
+                return
+            except Refused:  # only before the first reply
+                if channel.is_usable or self._loop.time() >= deadline:
+                    raise
 
     async def push(
         self,
@@ -661,7 +674,9 @@ class Endpoint:
         return True
 
     def _is_spare(self, channel: Channel) -> bool:
-        return channel.is_idle and channel.peer not in self._protected
+        """May the connection be closed without harm?"""
+        is_protected = channel.is_usable and channel.peer in self._protected
+        return channel.is_idle and not is_protected
 
     def _note_observed(self, observer: PeerId, text: str) -> None:
         if not text:

@@ -3,8 +3,8 @@
     u8 type   u32 stream   payload
 
     OPEN      u8 flags  u8 priority  u8 kind  u32 remaining_ms  data    a new stream
-    DATA      u8 flags  data                                            flag 1: nothing follows
-    CREDIT    u8 group  u64 limit        stream 0: the connection's group; total bytes allowed
+    DATA      u8 flags  data                                            more of a stream
+    CREDIT    u8 group  u64 limit        total bytes allowed, see below
     RESET     u16 code                   both directions end; what is queued is dropped
     STOP                                 "send no more on this stream": answered with an end
     PING      u64 nonce
@@ -15,7 +15,12 @@
 
 Whoever dialled opens odd streams, the other side even ones, with rising numbers. A type with the
 high bit set may be ignored by who does not know it; any other unknown type ends the connection.
-Limits in CREDIT are absolute, so that repeating one does no harm (as in RFC 9000 §4.1).
+
+Flags of OPEN and DATA: 1 nothing follows; 2 the stream is of priority 2 or 3 (so that bytes of a
+stream that its reader has forgotten can be counted); 4 the bytes were granted by name.
+Limits in CREDIT are absolute, so that repeating one does no harm (as in RFC 9000 §4.1). On
+stream 0, for all bytes without flag 4 of priorities 0 and 1 (group 0) or 2 and 3 (group 1); on a
+stream, for its bytes, which the connection's limit covers as well (group 0) or not (group 1).
 """
 
 import enum
@@ -32,6 +37,9 @@ NUMBER = struct.Struct(">BIQ")
 STREAM_ID = struct.Struct(">I")
 
 FLAG_END = 1
+FLAG_HEAVY = 2
+FLAG_GRANTED = 4
+GRANTED = 1  # the group in a stream's CREDIT
 IGNORABLE = 0x80
 MAX_STREAM_ID = 2**32 - 1
 MAX_REMAINING_S = 3600.0  # a longer deadline is cut to this: no call may stay for ever
@@ -75,7 +83,6 @@ class Code(enum.IntEnum):
     CANCELLED = 1
     DEADLINE = 2
     REFUSED = 3  # a bound on streams is reached; nothing was done
-    TOO_LARGE = 4
     MALFORMED = 5  # the message did not parse
     CLOSING = 6  # after a GOAWAY; nothing was done, another connection may serve
     REPLACED = 7  # another connection of the same kind to the same peer is kept

@@ -9,13 +9,15 @@ each lets those below it through once per four frames' worth of its own, and tha
 others goes twice while decode waits. Prefill and bulk together also stay within what the path
 holds (`p2pllm.net.path`).
 
-*Credit.* A stream may carry `STREAM_WINDOW` bytes unasked, and more once the application has room
-for the whole message (`expect`). A connection has two windows, one for control and decode and one
-for the rest, so that bulk nobody reads cannot block a decode step. Bytes count until the
-application has consumed them; those of a stream that ended early are consumed at once.
+*Credit.* A stream may carry `STREAM_WINDOW` bytes unasked, within the connection's window. There
+are two of those, one for control and decode and one for the rest, so that bulk nobody reads cannot
+block a decode step. Unasked bytes count until the application has consumed them; those of a stream
+that ended early are consumed at once. A message for which the application has reserved memory
+(`expect`) needs the connection's window no more, so that messages which still wait for memory
+cannot keep it from arriving.
 
 *Time.* `on_timeout` is called when `next_timeout` is over: it ends streams whose deadline passed,
-pings a silent peer, suspects one that stays silent and gives it up at last.
+and looks for signs of life (`p2pllm.net.heartbeat`).
 
 Not here: resending. A connection that dies takes its streams along; whoever used them uses
 another one (`p2pllm.net.rpc`).
@@ -35,6 +37,9 @@ from p2pllm.net.frames import (
     CREDIT,
     DATA,
     FLAG_END,
+    FLAG_GRANTED,
+    FLAG_HEAVY,
+    GRANTED,
     HEAD,
     IGNORABLE,
     MAX_REMAINING_S,
@@ -49,10 +54,26 @@ from p2pllm.net.frames import (
     parse,
     parse_head,
 )
+from p2pllm.net.heartbeat import Heartbeat, Verdict
 from p2pllm.net.link import Buffer
 from p2pllm.net.path import Path
+from p2pllm.net.streams import (
+    STREAM_WINDOW,
+    Event,
+    PeerDead,
+    PeerLeaving,
+    Pong,
+    PushDone,
+    Recovered,
+    Stream,
+    StreamData,
+    StreamDrained,
+    StreamOpened,
+    StreamReset,
+    StreamStopped,
+    Suspected,
+)
 
-STREAM_WINDOW = 1 * 2**20  # bytes of a stream before any CREDIT: 84 ms of a 100 Mbit/s link
 FIRST_WINDOW = 64 * 2**10  # bytes of a group of priorities before any CREDIT
 USUAL_WINDOW = 1 * 2**20  # what a connection allows from the start if memory is there
 TURN_BYTES = 1 * 2**20  # of one stream, before another of its priority has a turn
@@ -61,146 +82,6 @@ DONE_DELAY_S = 0.002  # how long an acknowledgement waits for something to trave
 LATE_S = 1.0  # a timer that fires later than this: we slept, not the peer
 MAX_CONTROL = 64  # answers waiting, above one per stream; a peer that reads none is dropped
 RESERVED_STREAMS = 8  # one in so many streams is kept for control
-
-
-class Stream:
-    """One stream as the mux sees it; a handle for its user."""
-
-    __slots__ = (
-        "consumed",
-        "deadline",
-        "end_queued",
-        "end_received",
-        "end_sent",
-        "id",
-        "is_admitted",
-        "is_closed",
-        "is_opened",
-        "is_ours",
-        "is_stopped",
-        "kind",
-        "priority",
-        "queue",
-        "queued",
-        "received",
-        "recv_limit",
-        "send_limit",
-        "sent",
-        "turn",
-        "waits_for_credit",
-        "wants_drained",
-    )  # fmt: skip
-
-    def __init__(
-        self, kind: StreamKind, priority: Priority, *, is_ours: bool, deadline: float
-    ) -> None:
-        self.id = 0  # given when its OPEN is sent
-        self.kind = kind
-        self.priority = priority
-        self.is_ours = is_ours
-        self.deadline = deadline
-        self.is_admitted = not is_ours  # within the bound on open streams
-        self.is_opened = not is_ours  # has its OPEN been sent or received?
-        self.is_closed = False
-        self.queue: deque[memoryview] = deque()
-        self.queued = 0  # bytes in `queue`
-        self.end_queued = False
-        self.end_sent = False
-        self.sent = 0
-        self.send_limit = STREAM_WINDOW
-        self.waits_for_credit = False
-        self.turn = 0  # bytes sent in this turn
-        self.received = 0
-        self.consumed = 0
-        self.recv_limit = STREAM_WINDOW
-        self.end_received = False
-        self.is_stopped = False  # we asked the peer to send no more
-        self.wants_drained = False
-
-    def __repr__(self) -> str:
-        side = "ours" if self.is_ours else "theirs"
-        return f"Stream({self.id} {self.kind.name.lower()} {self.priority.name.lower()} {side})"
-
-
-@dataclass(frozen=True, slots=True)
-class StreamOpened:
-    """The peer has opened a stream; its data follows in `StreamData`."""
-
-    stream: Stream
-
-
-@dataclass(frozen=True, slots=True)
-class StreamData:
-    """Bytes arrived on a stream, in order. Call `consume` when they are worked on."""
-
-    stream: Stream
-    data: memoryview
-    is_end: bool
-
-
-@dataclass(frozen=True, slots=True)
-class StreamReset:
-    """A stream is over before its end, by the peer or (`is_local`) by its deadline."""
-
-    stream: Stream
-    code: int
-    is_local: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class StreamStopped:
-    """The peer wants nothing more on a stream; what was queued is dropped."""
-
-    stream: Stream
-
-
-@dataclass(frozen=True, slots=True)
-class StreamDrained:
-    """All bytes of a stream with `wants_drained` have left; more may be queued."""
-
-    stream: Stream
-
-
-@dataclass(frozen=True, slots=True)
-class PushDone:
-    """The peer's application has taken over what we pushed on a stream."""
-
-    stream: Stream
-
-
-@dataclass(frozen=True, slots=True)
-class Pong:
-    """The peer answered a ping, `rtt_s` after it was sent."""
-
-    rtt_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Suspected:
-    """The peer has been silent for too long after a ping: use another connection if there is."""
-
-
-@dataclass(frozen=True, slots=True)
-class Recovered:
-    """A suspected peer has spoken again."""
-
-
-@dataclass(frozen=True, slots=True)
-class PeerDead:
-    """The peer has been silent for `dead_s`: the connection is of no more use."""
-
-
-@dataclass(frozen=True, slots=True)
-class PeerLeaving:
-    """The peer wants no new streams; those that are open go on."""
-
-    code: int
-
-
-Event = (
-    StreamOpened | StreamData | StreamReset | StreamStopped | StreamDrained | PushDone
-    | Pong | Suspected | Recovered | PeerDead | PeerLeaving
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +125,6 @@ class _Group:
 
 
 _GROUP_OF = (0, 0, 1, 1)  # by priority
-_GROUP_FLAG = 2  # in DATA: the group, so that bytes of a forgotten stream can be counted
 # The order of service by (has decode, has prefill let the others wait for long enough?).
 _ORDERS = {
     (False, False): (0, 1, 2, 3),
@@ -261,7 +141,6 @@ class Mux:
         self, config: NetConfig, *, is_client: bool, budget: MemoryBudget, now: float
     ) -> None:
         self.path = Path()
-        self.is_suspect = False
         self.is_draining = False  # either side wants no new streams
         self.has_said_goaway = False
         self.has_heard_goaway = False
@@ -278,6 +157,7 @@ class Mux:
         # sending
         # By priority, streams with something to send, and those that may not be opened yet.
         self._ready = tuple(OrderedDict[Stream, None]() for _ in Priority)
+        self._blocked = tuple(OrderedDict[Stream, None]() for _ in Priority)  # by the connection
         self._unopened = tuple(OrderedDict[Stream, None]() for _ in Priority)
         self._num_unopened = 0
         self._served = [0, 0, 0, 0]  # bytes since lower priorities last had their turn
@@ -286,18 +166,15 @@ class Mux:
         self._control: deque[bytes] = deque()
         self._credit_due: dict[Stream, None] = {}  # an ordered set
         self._pong: int | None = None
+        self._heavy_received = 0  # bytes of prefill and bulk, ever
         self._is_received_due = False
         self._done: list[int] = []
         self._done_at = 0.0
         # time
         self._deadlines: list[tuple[float, int, Stream]] = []
         self._sequence = 0  # keeps streams with equal deadlines apart in the heap
-        self._heard_at = now
-        self._nonce = 0
-        self._ping_due = False
-        self._ping_asked_at: float | None = None
-        self._ping_sent_at: float | None = None
-        self._wants_pong = False
+        self._heartbeat = Heartbeat(config, now)
+        self._wants_pong = False  # has somebody asked for the ping?
         self._timer_due = now + config.heartbeat_s
         for group in range(2):
             self._grow(group, USUAL_WINDOW - FIRST_WINDOW)
@@ -336,7 +213,7 @@ class Mux:
         if stream.end_queued:
             raise LocalProtocolError(f"{stream} has ended")
         self._enqueue(stream, buffers, is_end=is_end)
-        if not stream.waits_for_credit:
+        if not stream.waits_for_credit and stream not in self._blocked[stream.priority]:
             self._ready[stream.priority][stream] = None
 
     def consume(self, stream: Stream, num_bytes: int) -> None:
@@ -346,16 +223,19 @@ class Mux:
         """
         num_bytes = min(num_bytes, stream.received - stream.consumed)
         stream.consumed += num_bytes
-        self._consume_group(_GROUP_OF[stream.priority], num_bytes)
+        unasked = min(num_bytes, stream.unasked)  # they came before those that were granted
+        stream.unasked -= unasked
+        self._consume_group(_GROUP_OF[stream.priority], unasked)
         if not (stream.end_received or stream.is_closed):
             limit = stream.consumed + STREAM_WINDOW
             if limit - stream.recv_limit >= STREAM_WINDOW // 2:
                 self._raise_limit(stream, limit)
 
     def expect(self, stream: Stream, total: int) -> None:
-        """There is room for `total` bytes of a stream, counted from its first: allow them all."""
-        if not stream.is_closed and not stream.end_received and total > stream.recv_limit:
-            self._raise_limit(stream, total)
+        """There is memory for `total` bytes of a stream, counted from its first: grant them all."""
+        if not stream.is_closed and not stream.end_received and total > stream.received:
+            stream.recv_granted = total
+            self._raise_limit(stream, max(total, stream.recv_limit))
 
     def reset(self, stream: Stream, code: int) -> None:
         """End both directions of a stream and drop what is queued."""
@@ -387,8 +267,8 @@ class Mux:
 
     def ping(self, now: float) -> None:
         """Measure the round trip: a `Pong` event will follow."""
-        self._wants_pong = True
-        self._ask_ping(now)
+        self._wants_pong = self._has_control = True
+        self._heartbeat.ask(now)
 
     def goaway(self, code: int) -> None:
         """Tell the peer to open no more streams; open ones go on."""
@@ -402,18 +282,26 @@ class Mux:
         self._is_closed = self.is_draining = True
         for group in self._groups:
             self._budget.release_window(group.window - FIRST_WINDOW)
-        for stream in [*self._streams.values(), *itertools.chain(*self._ready, *self._unopened)]:
+        for stream in [
+            *self._streams.values(),
+            *itertools.chain(*self._ready, *self._unopened, *self._blocked),
+        ]:
             stream.is_closed = True
             stream.queue.clear()
-        for queue in (*self._ready, *self._unopened):
+        for queue in (*self._ready, *self._unopened, *self._blocked):
             queue.clear()
         for pending in (self._streams, self._deadlines, self._control, self._events):
             pending.clear()
 
     @property
+    def is_suspect(self) -> bool:
+        """Has the peer been silent for too long after a ping?"""
+        return self._heartbeat.is_suspect
+
+    @property
     def is_idle(self) -> bool:
         """Is no stream open in either direction?"""
-        return not self._streams and not self._num_unopened
+        return not (self._num_ours or self._num_theirs or self._num_unopened)
 
     def next_event(self) -> Event | None:
         """What happened next, or None."""
@@ -438,9 +326,7 @@ class Mux:
 
     def on_bytes(self, now: float) -> None:
         """Some bytes of the peer arrived, perhaps not a whole frame: it lives."""
-        self._heard_at = now
-        if self.is_suspect:
-            self.is_suspect = False
+        if self._heartbeat.on_bytes(now):
             self._events.append(Recovered())
 
     def on_frame(self, frame: bytes | memoryview, now: float) -> None:
@@ -492,6 +378,7 @@ class Mux:
         self._newest_theirs = number
         data = memoryview(frame)[OPEN.size :]
         if self.is_draining or self._num_theirs >= self._config.max_streams:
+            self._count_heavy(priority >= Priority.PREFILL, len(data))
             self._count_dropped(_GROUP_OF[priority], len(data))
             if len(self._control) >= MAX_CONTROL + self._config.max_streams:
                 raise RemoteProtocolError("the peer opens streams and does not read our answers")
@@ -507,28 +394,35 @@ class Mux:
         self._num_theirs += 1
         self._watch_deadline(stream)
         self._events.append(StreamOpened(stream))
-        self._take(stream, data, bool(flags & FLAG_END))
+        self._take(stream, data, flags & FLAG_END)
 
     def _on_data(self, number: int, flags: int, data: memoryview) -> None:
         stream = self._find(number)
         if stream is None:
             # It was over here before the peer knew.
-            self._count_dropped(1 if flags & _GROUP_FLAG else 0, len(data))
+            self._count_heavy(flags & FLAG_HEAVY, len(data))
+            if not flags & FLAG_GRANTED:
+                self._count_dropped(1 if flags & FLAG_HEAVY else 0, len(data))
             return
-        self._take(stream, data, bool(flags & FLAG_END))
+        self._take(stream, data, flags)
 
-    def _take(self, stream: Stream, data: memoryview, is_end: bool) -> None:
+    def _take(self, stream: Stream, data: memoryview, flags: int) -> None:
         if stream.end_received:
             raise RemoteProtocolError(f"{stream}: bytes after the end")
         num_bytes = len(data)
         stream.received += num_bytes
         if stream.received > stream.recv_limit:
             raise RemoteProtocolError(f"{stream}: more than its credit")
-        self._count_received(_GROUP_OF[stream.priority], num_bytes)
-        stream.end_received = is_end
+        group = _GROUP_OF[stream.priority]
+        if not flags & FLAG_GRANTED:
+            stream.unasked += num_bytes
+            self._count_received(group, num_bytes)
+        elif stream.received > stream.recv_granted:
+            raise RemoteProtocolError(f"{stream}: more than was granted")
+        self._count_heavy(group, num_bytes)
+        is_end = stream.end_received = bool(flags & FLAG_END)
         if stream.is_stopped:
-            stream.consumed += num_bytes
-            self._consume_group(_GROUP_OF[stream.priority], num_bytes)
+            self._discard(stream)
         else:
             self._events.append(StreamData(stream, data, is_end))
         if is_end and stream.end_sent and stream.kind is not StreamKind.PUSH:
@@ -539,7 +433,10 @@ class Mux:
         group.received += num_bytes
         if group.received > group.recv_limit:
             raise RemoteProtocolError("more than the connection's credit")
-        if index == 1:
+
+    def _count_heavy(self, is_heavy: int, num_bytes: int) -> None:
+        if is_heavy:
+            self._heavy_received += num_bytes
             self._is_received_due = self._has_control = True
 
     def _count_dropped(self, index: int, num_bytes: int) -> None:
@@ -547,17 +444,36 @@ class Mux:
         self._consume_group(index, num_bytes)
 
     def _on_credit(self, number: int, group: int, limit: int) -> None:
+        if group >= len(self._groups):
+            raise RemoteProtocolError(f"credit for group {group}")
         if number:
             stream = self._find(number)
-            if stream is not None and limit > stream.send_limit:
-                stream.send_limit = limit
-                if stream.waits_for_credit:
-                    stream.waits_for_credit = False
-                    self._ready[stream.priority][stream] = None
-        elif group < len(self._groups):
-            self._groups[group].send_limit = max(self._groups[group].send_limit, limit)
+            if stream is not None:
+                stream.send_limit = max(stream.send_limit, limit)
+                if group == GRANTED:
+                    stream.send_granted = max(stream.send_granted, limit)
+                self._unblock(stream)
         else:
-            raise RemoteProtocolError(f"credit for group {group}")
+            self._groups[group].send_limit = max(self._groups[group].send_limit, limit)
+            for priority in Priority:
+                if _GROUP_OF[priority] == group:
+                    self._unblock_all(priority)
+
+    def _unblock(self, stream: Stream) -> None:
+        """The stream's own credit has grown."""
+        if stream.waits_for_credit:
+            stream.waits_for_credit = False
+            self._ready[stream.priority][stream] = None
+        elif self._blocked[stream.priority].pop(stream, self) is None:
+            self._ready[stream.priority][stream] = None
+
+    def _unblock_all(self, priority: Priority) -> None:
+        """The connection's credit has grown: whoever waited for it is first in turn."""
+        blocked, ready = self._blocked[priority], self._ready[priority]
+        while blocked:
+            stream, _ = blocked.popitem()
+            ready[stream] = None
+            ready.move_to_end(stream, last=False)
 
     def _on_done(self, numbers: memoryview) -> None:
         if len(numbers) % STREAM_ID.size:
@@ -579,14 +495,14 @@ class Mux:
         stream.queued = 0
         stream.end_queued = True
         stream.waits_for_credit = False
+        self._blocked[stream.priority].pop(stream, None)
         self._ready[stream.priority][stream] = None
         self._events.append(StreamStopped(stream))
 
     def _on_pong(self, nonce: int, now: float) -> None:
-        if self._ping_sent_at is None or nonce != self._nonce:
+        rtt_s = self._heartbeat.on_pong(nonce, now)
+        if rtt_s is None:
             return
-        rtt_s = now - self._ping_sent_at
-        self._ping_sent_at = self._ping_asked_at = None
         self.path.on_rtt(rtt_s, now)
         if self._wants_pong:
             self._wants_pong = False
@@ -611,12 +527,16 @@ class Mux:
                 return frame
         for index in _ORDERS[self._has_waited(1), self._has_waited(2)]:
             ready = self._ready[index]
-            if not ready:
-                continue
-            stream = next(iter(ready))
-            size = self._allowed_size(index, stream)
-            if size is not None:
-                return self._data_frame(stream, size, now)
+            while ready:
+                stream = next(iter(ready))
+                size = self._allowed_size(stream)
+                if size is None:
+                    del ready[stream]  # others may be granted what it still lacks
+                    self._blocked[index][stream] = None
+                elif size or not stream.queued:
+                    return self._data_frame(stream, size, now)
+                else:
+                    break  # the path is full, for all of this priority
         return None
 
     def next_timeout(self) -> float:
@@ -624,7 +544,7 @@ class Mux:
         deadlines = self._deadlines
         while deadlines and deadlines[0][2].is_closed:
             heapq.heappop(deadlines)
-        due = self._heartbeat_due()
+        due = self._heartbeat.due(is_waiting=self._is_waiting, rtt_s=self._usual_rtt_s)
         if deadlines and deadlines[0][0] < due:
             due = deadlines[0][0]
         if self._done and self._done_at < due:
@@ -637,9 +557,7 @@ class Mux:
         late_s = now - self._timer_due
         if late_s > LATE_S:
             # This process slept or was busy; the peer's bytes may lie unread in the kernel.
-            self._heard_at = min(now, self._heard_at + late_s)
-            if self._ping_asked_at is not None:
-                self._ping_asked_at += late_s
+            self._heartbeat.on_late(late_s, now)
         if self._done and now >= self._done_at:
             self._has_control = True
         deadlines = self._deadlines
@@ -651,36 +569,23 @@ class Mux:
         self._beat(now)
         self._timer_due = now + self._config.heartbeat_s
 
-    def _heartbeat_due(self) -> float:
-        config = self._config
-        dead_at = self._heard_at + config.dead_s
-        if self._ping_asked_at is None:
-            is_waiting = self._num_ours or self._num_unopened
-            return self._heard_at + (
-                config.ping_after_silence_s if is_waiting else config.heartbeat_s
-            )
-        if self.is_suspect:
-            return dead_at
-        return min(dead_at, max(self._ping_asked_at, self._heard_at) + self._suspect_after_s())
-
-    def _suspect_after_s(self) -> float:
-        return max(self._config.suspect_min_s, 4 * (self.path.smoothed_rtt_s or 0.0))
-
     def _beat(self, now: float) -> None:
-        if now < self._heartbeat_due():
-            return
-        if self._ping_asked_at is None:
-            self._ask_ping(now)
-        elif now >= self._heard_at + self._config.dead_s:
-            self._events.append(PeerDead())
-        elif not self.is_suspect:
-            self.is_suspect = True
-            self._events.append(Suspected())
+        rtt_s = self._usual_rtt_s
+        match self._heartbeat.on_timeout(now, is_waiting=self._is_waiting, rtt_s=rtt_s):
+            case Verdict.SUSPECTED:
+                self._events.append(Suspected())
+            case Verdict.DEAD:
+                self._events.append(PeerDead())
+        self._has_control |= self._heartbeat.is_ping_due
 
-    def _ask_ping(self, now: float) -> None:
-        if self._ping_asked_at is None:
-            self._ping_asked_at = now
-            self._ping_due = self._has_control = True
+    @property
+    def _is_waiting(self) -> bool:
+        """Do we wait for something of the peer?"""
+        return bool(self._num_ours or self._num_unopened)
+
+    @property
+    def _usual_rtt_s(self) -> float:
+        return self.path.smoothed_rtt_s or 0.0
 
     def _next_control(self, now: float) -> bytes | None:
         if self._control:
@@ -688,11 +593,8 @@ class Mux:
         if self._pong is not None:
             frame, self._pong = NUMBER.pack(FrameType.PONG, 0, self._pong), None
             return frame
-        if self._ping_due:
-            self._ping_due = False
-            self._ping_sent_at = now
-            self._nonce += 1
-            return NUMBER.pack(FrameType.PING, 0, self._nonce)
+        if self._heartbeat.is_ping_due:
+            return NUMBER.pack(FrameType.PING, 0, self._heartbeat.ping_to_send(now))
         for index, group in enumerate(self._groups):
             if group.is_due:
                 group.is_due = False
@@ -700,16 +602,24 @@ class Mux:
         while self._credit_due:
             stream, _ = self._credit_due.popitem()
             if not stream.is_closed:
-                return CREDIT.pack(FrameType.CREDIT, stream.id, 0, stream.recv_limit)
+                return self._stream_credit(stream)
         if self._is_received_due:
             self._is_received_due = False
-            return NUMBER.pack(FrameType.RECEIVED, 0, self._groups[1].received)
+            return NUMBER.pack(FrameType.RECEIVED, 0, self._heavy_received)
         if self._done and (now >= self._done_at or any(self._ready)):
             numbers, self._done = self._done, []
             frame = b"".join(map(STREAM_ID.pack, numbers))
             return HEAD.pack(FrameType.DONE, 0) + frame
         self._has_control = bool(self._done)
         return None
+
+    def _stream_credit(self, stream: Stream) -> bytes:
+        window = CREDIT.pack(FrameType.CREDIT, stream.id, 0, stream.recv_limit)
+        if stream.recv_granted <= stream.received:
+            return window
+        if stream.recv_limit > stream.recv_granted:
+            self._answer(window)
+        return CREDIT.pack(FrameType.CREDIT, stream.id, GRANTED, stream.recv_granted)
 
     def _has_waited(self, index: int) -> bool:
         """Has this priority sent so much that a lower one may go first?"""
@@ -722,19 +632,22 @@ class Mux:
         is_fast = rate is not None and rate * 0.001 >= config.large_frame_bytes
         return config.large_frame_bytes if is_fast else config.frame_bytes
 
-    def _allowed_size(self, index: int, stream: Stream) -> int | None:
-        """How many bytes of a stream may go now; None if not even its end may."""
-        size = min(stream.queued, self._frame_bytes, stream.send_limit - stream.sent)
+    def _allowed_size(self, stream: Stream) -> int | None:
+        """How many bytes of a stream may go now; None if the connection's credit is used up."""
         if not stream.queued:
             return 0
-        group = self._groups[_GROUP_OF[index]]
-        size = min(size, group.send_limit - group.sent)
-        if size <= 0:
-            return None
-        if index >= Priority.PREFILL:
+        size = min(stream.queued, self._frame_bytes, stream.send_limit - stream.sent)
+        if stream.sent < stream.send_granted:
+            size = min(size, stream.send_granted - stream.sent)
+        else:
+            group = self._groups[_GROUP_OF[stream.priority]]
+            size = min(size, group.send_limit - group.sent)
+            if size <= 0:
+                return None
+        if stream.priority >= Priority.PREFILL:
             path = self.path
             if path.in_flight and path.in_flight + size > path.allowed:
-                return None
+                return 0
         return size
 
     def _data_frame(self, stream: Stream, size: int, now: float) -> bytes:
@@ -752,20 +665,25 @@ class Mux:
                 stream.queue[0] = head[left:]
                 left = 0
         stream.queued -= size
-        stream.sent += size
-        self._groups[_GROUP_OF[index]].sent += size
         is_end = stream.end_queued and not stream.queued
-        parts[0] = self._data_head(stream, is_end, now)
+        parts[0] = self._data_head(stream, size, is_end, now)
         self._after_data(stream, size, is_end)
         if index >= Priority.PREFILL:
             waiting = self._ready[Priority.PREFILL] or self._ready[Priority.BULK]
             self.path.on_sent(size, now, is_last=not waiting)
         return b"".join(parts)
 
-    def _data_head(self, stream: Stream, is_end: bool, now: float) -> bytes:
+    def _data_head(self, stream: Stream, size: int, is_end: bool, now: float) -> bytes:
+        flags = FLAG_END if is_end else 0
+        if stream.sent < stream.send_granted:
+            flags |= FLAG_GRANTED
+        else:
+            self._groups[_GROUP_OF[stream.priority]].sent += size
+        stream.sent += size
         if stream.is_opened:
-            group = _GROUP_FLAG if stream.priority >= Priority.PREFILL else 0
-            return DATA.pack(FrameType.DATA, stream.id, is_end | group)
+            if stream.priority >= Priority.PREFILL:
+                flags |= FLAG_HEAVY
+            return DATA.pack(FrameType.DATA, stream.id, flags)
         stream.is_opened = True
         stream.id = self._next_id
         self._next_id += 2
@@ -775,7 +693,7 @@ class Mux:
         return OPEN.pack(
             FrameType.OPEN,
             stream.id,
-            is_end,
+            flags,
             stream.priority,
             stream.kind,
             int(remaining_s * 1000),
@@ -841,7 +759,7 @@ class Mux:
             return
         group.recv_limit = limit
         group.is_due = self._has_control = True
-        now, rtt_s = self._heard_at, self.path.rtt_s
+        now, rtt_s = self._heartbeat.heard_at, self.path.rtt_s
         if rtt_s is not None and now - group.credited_at < rtt_s / 2:
             # More than half of the window per round trip: the window holds the sender up.
             most = self._config.connection_window_bytes - group.window
@@ -870,9 +788,9 @@ class Mux:
 
     def _discard(self, stream: Stream) -> None:
         """Count what a stream has received as consumed: the application will not see it."""
-        unconsumed = stream.received - stream.consumed
         stream.consumed = stream.received
-        self._consume_group(_GROUP_OF[stream.priority], unconsumed)
+        unasked, stream.unasked = stream.unasked, 0
+        self._consume_group(_GROUP_OF[stream.priority], unasked)
 
     def _close(self, stream: Stream) -> None:
         """Forget a stream and what is queued on it; whatever waited for its place may open."""
@@ -880,6 +798,7 @@ class Mux:
         stream.queue.clear()
         stream.queued = 0
         self._ready[stream.priority].pop(stream, None)
+        self._blocked[stream.priority].pop(stream, None)
         self._credit_due.pop(stream, None)
         self._streams.pop(stream.id, None)
         if not stream.is_ours:

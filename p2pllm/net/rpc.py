@@ -43,7 +43,7 @@ from p2pllm.net.connection import Connection, Established
 from p2pllm.net.frames import Code, Priority, StreamKind
 from p2pllm.net.handshake import PeerHello
 from p2pllm.net.link import Buffer, Link
-from p2pllm.net.mux import (
+from p2pllm.net.streams import (
     Event,
     PeerDead,
     PeerLeaving,
@@ -199,6 +199,7 @@ class Channel:
         self._num_push_handlers = 0
         self._pings: list[asyncio.Future[float]] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = 0.0
         self._is_flush_scheduled = False
         self._is_flushing = False
 
@@ -407,10 +408,11 @@ class Channel:
         if due is None or self.is_closed:
             return
         if self._timer is not None:
-            if self._timer.when() <= due:
+            if self._timer_due <= due:
                 return  # it looks again when it fires: cheaper than a new timer for every frame
             self._timer.cancel()
         self._timer = self._loop.call_at(due, self._on_timer)
+        self._timer_due = due  # uvloop's handles do not say when
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -515,6 +517,7 @@ class Channel:
                     self.established.set_result(hello)
             case Suspected():
                 logger.debug("peer suspected peer=%s", self.peer.short)
+                self._give_back_pushes()
             case Recovered():
                 logger.debug("peer recovered peer=%s", self.peer.short)
             case PeerDead():
@@ -522,6 +525,13 @@ class Channel:
             case PeerLeaving():
                 self.leave(Code.CLOSING)
                 self._close_if_left()
+
+    def _give_back_pushes(self) -> None:
+        """Pushes may be repeated, so they need not wait until a suspected peer counts as dead."""
+        for stream, entry in list(self._entries.items()):
+            if isinstance(entry, _Call) and stream.kind is StreamKind.PUSH:
+                self._abandon(stream)
+                entry.fail(ConnectionLost("the peer has been silent for too long"))
 
     def _on_data(self, stream: Stream, data: memoryview, *, is_end: bool) -> None:
         entry = self._entries.get(stream)
@@ -551,6 +561,18 @@ class Channel:
                 self._resume(stream, entry)
         self.flush()
 
+    def drop_stalled(self) -> None:
+        """Others wait for memory: end what holds some for a message that does not come."""
+        for stream, entry in list(self._entries.items()):
+            if entry.assembly.is_stalled():
+                self._entries.pop(stream)
+                self._forget(stream, entry)
+                if not isinstance(entry, _Served):
+                    entry.fail(ConnectionLost("the reply comes too slowly"))
+                if self.connection.mux is not None:
+                    self.connection.mux.reset(stream, Code.REFUSED)
+        self.flush()
+
     def _take(self, stream: Stream, entry: _Entry, messages: list[Assembled]) -> None:
         """Hand whole messages on. Raises CodecError, with all memory given back or in `entry`."""
         for index, assembled in enumerate(messages):
@@ -562,13 +584,20 @@ class Channel:
         if entry.assembly.lacks_memory:
             self._lacking[stream] = entry.assembly
             self._host.on_memory_lacking(self)
-        if entry.assembly.is_ended and not isinstance(entry, _Served):
-            if isinstance(entry, _Call) and stream in self._entries:
-                raise CodecError("a reply without a message")
-            self._entries.pop(stream, None)
-            if isinstance(entry, _Replies):
-                entry.wake()
-            self._close_if_left()
+        if entry.assembly.is_ended:
+            self._on_message_end(stream, entry)
+
+    def _on_message_end(self, stream: Stream, entry: _Entry) -> None:
+        if isinstance(entry, _Served):
+            if entry.message is None:
+                raise CodecError("a request without a message")
+            return  # its handler answers
+        if isinstance(entry, _Call) and stream in self._entries:
+            raise CodecError("a reply without a message")
+        self._entries.pop(stream, None)
+        if isinstance(entry, _Replies):
+            entry.wake()
+        self._close_if_left()
 
     def _take_one(self, stream: Stream, entry: _Entry, assembled: Assembled) -> None:
         if isinstance(entry, _Served):
@@ -759,6 +788,6 @@ def _reset_error(code: int) -> P2PLLMError:
             return Refused("the peer takes no more requests now")
         case Code.UNHANDLED:
             return BadRequest("the peer does not take messages of this type")
-        case Code.MALFORMED | Code.TOO_LARGE:
+        case Code.MALFORMED:
             return BadRequest("the peer could not read our message")
     return ConnectionLost(f"the peer dropped the request (code {code})")

@@ -108,13 +108,8 @@ class Service:
     async def _on_open(self, request: Request[Open]) -> Message:
         opening, peer = request.message, request.peer
         self._check_offer(opening, peer)
-        known = self.sessions.get(opening.session)
         wait_s = min(opening.wait_s, MAX_WAIT_S, request.remaining_s(self._now()))
         session = await self._reserve(opening, wait_s)
-        if session is not known:
-            self._endpoint.protect(peer)
-            if known is not None:
-                self._endpoint.unprotect(peer)
         logger.info(
             "session opened id=%s client=%s span=%s tokens=%d epoch=%d",
             session.id,
@@ -154,13 +149,23 @@ class Service:
             while True:
                 others_wait = any(other != peer for other in self._waiting)
                 try:
-                    return self.sessions.open(opening, self._now(), others_wait=others_wait)
+                    return self._open_now(opening, others_wait=others_wait)
                 except CacheFull:
                     if self._now() >= deadline:
                         raise
                 await self._wait_for_pages(deadline)
         finally:
             self._waiting.remove(peer)
+
+    def _open_now(self, opening: Open, *, others_wait: bool) -> Session[Output]:
+        """Open, and if that replaces a session, forget what is queued for the old pages."""
+        known = self.sessions.get(opening.session)
+        session = self.sessions.open(opening, self._now(), others_wait=others_wait)
+        if session is not known:
+            self._endpoint.protect(opening.client)
+            if known is not None:
+                self._release(known)
+        return session
 
     async def _wait_for_pages(self, deadline: float) -> None:
         self._freed.clear()
@@ -179,7 +184,7 @@ class Service:
             session=fork.new_session,
             epoch=fork.epoch,
             span=source.span,
-            max_tokens=source.request.max_tokens,
+            max_tokens=source.max_tokens,
             model=self.offer.model,
             numerics=self.offer.numerics,
             push_token=fork.push_token,

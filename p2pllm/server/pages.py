@@ -6,8 +6,7 @@ never fails for want of memory. Runs of neighbouring pages are preferred, becaus
 reads a run as one view and must gather anything else (design, section 5).
 
 While others wait, one peer may hold at most a quarter of all pages; with nobody waiting it may
-have them all. This module counts; it neither allocates tensors nor waits (`Reservations` of
-`p2pllm.server.sessions` says who is next).
+have them all. This module counts; it neither allocates tensors nor waits.
 """
 
 from collections import Counter
@@ -49,14 +48,19 @@ class PageAllocator:
         """Pages that a peer's sessions hold together."""
         return self._held[peer]
 
-    def may_hold(self, peer: PeerId, num_pages: int, *, others_wait: bool) -> bool:
-        """Could `peer` get that many more pages now, by its quota and by what is free?"""
-        within_quota = self._held[peer] + num_pages <= self.quota_pages
-        return num_pages <= len(self._free) and (within_quota or not others_wait)
+    def may_hold(
+        self, peer: PeerId, num_pages: int, *, others_wait: bool, returned: int = 0
+    ) -> bool:
+        """Could `peer` get that many more pages now, by its quota and by what is free?
+
+        `returned` is how many of its pages it would give back first.
+        """
+        within_quota = self._held[peer] - returned + num_pages <= self.quota_pages
+        return num_pages <= len(self._free) + returned and (within_quota or not others_wait)
 
     def allocate(self, peer: PeerId, num_pages: int) -> tuple[int, ...]:
         """Take pages for a session of `peer`; the caller has asked `may_hold`."""
-        if num_pages > len(self._free):
+        if not 0 < num_pages <= len(self._free):
             raise LocalProtocolError(f"{num_pages} pages asked, {len(self._free)} free")
         pages = _best_run(sorted(self._free), num_pages)
         self._free.difference_update(pages)
@@ -65,8 +69,10 @@ class PageAllocator:
 
     def release(self, peer: PeerId, pages: Sequence[int]) -> None:
         """Give a session's pages back."""
-        if not self._free.isdisjoint(pages):
+        if not self._free.isdisjoint(pages) or len(set(pages)) != len(pages):
             raise LocalProtocolError("a page was released twice")
+        if len(pages) > self._held[peer]:
+            raise LocalProtocolError(f"{peer.short} does not hold {len(pages)} pages")
         self._free.update(pages)
         self._held[peer] -= len(pages)
         if not self._held[peer]:

@@ -5,8 +5,9 @@ rows go first, all that wait at once, for a batch of eight costs little more tha
 by turns, one chunk of one prefill, so that a long prompt delays the others' tokens by a chunk's
 time at most and is never starved itself (Sarathi, arXiv 2308.16369).
 
-Fairness: among prefills the peer that was served least recently goes first. Bounded: beyond
-`max_rows` waiting, `Busy` says when to come back.
+A session's rows stay in order, whatever their lengths: only its oldest is in line, for each needs
+the cache that the one before leaves. Fairness: peers take turns at the prefills, a chunk each.
+Bounded: beyond `max_rows` waiting, `Busy` says when to come back.
 
 Pure: it orders values; `p2pllm.server.worker` computes.
 """
@@ -15,7 +16,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from p2pllm.errors import Busy
+from p2pllm.errors import Busy, ConfigError
 from p2pllm.ids import PeerId, SessionId
 from p2pllm.metrics import MovingAverage
 from p2pllm.spans import Span
@@ -70,18 +71,32 @@ class Batch:
 
 @dataclass
 class Scheduler:
-    """The waiting rows of a server. `add`, then `next_batch` whenever the device is idle."""
+    """The waiting rows of a server. `add`, then `next_batch` whenever the device is idle.
+
+    `batch_tokens` bounds what is computed in one go, `chunk_tokens` a prefill's share of it.
+    """
 
     batch_tokens: int
     chunk_tokens: int
     max_rows: int
-    _decode: OrderedDict[Task, None] = field(default_factory=OrderedDict)
-    _prefill: OrderedDict[PeerId, deque[Task]] = field(default_factory=OrderedDict)
+    # All waiting rows by session. The first of each is in line: in `_decode`, or in `_prefill`
+    # under its peer.
+    _rows: dict[SessionId, deque[Task]] = field(default_factory=dict)
+    _decode: OrderedDict[SessionId, None] = field(default_factory=OrderedDict)
+    _prefill: OrderedDict[PeerId, OrderedDict[SessionId, None]] = field(default_factory=OrderedDict)
+    _num_rows: int = 0
     _prefill_is_due: bool = False
     _wait_s: MovingAverage = field(default_factory=MovingAverage)
 
+    def __post_init__(self) -> None:
+        if self.batch_tokens < DECODE_TOKENS or self.chunk_tokens < 1:
+            raise ConfigError(
+                f"a batch of {self.batch_tokens} tokens and a chunk of {self.chunk_tokens}; "
+                f"at least {DECODE_TOKENS} and 1 are needed"
+            )
+
     def __len__(self) -> int:
-        return len(self._decode) + sum(len(tasks) for tasks in self._prefill.values())
+        return self._num_rows
 
     @property
     def queue_s(self) -> float:
@@ -93,27 +108,25 @@ class Scheduler:
         tasks = list(tasks)
         if len(self) + len(tasks) > self.max_rows:
             raise Busy(f"{len(self)} rows wait here", retry_after_s=max(self.queue_s, 0.05))
+        self._num_rows += len(tasks)
         for task in tasks:
-            waiting = self._prefill.get(task.client, ())
-            if task.is_decode and all(task.row.session != other.row.session for other in waiting):
-                self._decode[task] = None
-            else:  # also the short last chunk of a prompt, which must not overtake the others
-                self._prefill.setdefault(task.client, deque()).append(task)
+            session = task.row.session
+            self._rows.setdefault(session, deque()).append(task)
+            if len(self._rows[session]) == 1:
+                self._line_up(session)
 
     def cancel(self, session: SessionId) -> list[Task]:
         """Take a session's waiting rows out; returns them."""
-        gone = [task for task in self._decode if task.row.session == session]
-        for task in gone:
-            del self._decode[task]
-        for client, tasks in list(self._prefill.items()):
-            gone += [task for task in tasks if task.row.session == session]
-            left = deque(task for task in tasks if task.row.session != session)
-            self._set_prefill(client, left)
-        return gone
+        tasks = self._rows.pop(session, None)
+        if tasks is None:
+            return []
+        self._num_rows -= len(tasks)
+        self._step_out(session, tasks[0].client)
+        return list(tasks)
 
     def next_batch(self, now: float) -> Batch | None:
         """The rows to compute now, or None if none wait."""
-        if not self._decode and not self._prefill:
+        if not self._rows:
             return None
         is_prefill = bool(self._prefill) and (self._prefill_is_due or not self._decode)
         batch = self._prefill_batch() if is_prefill else self._decode_batch()
@@ -125,39 +138,57 @@ class Scheduler:
         return batch
 
     def _decode_batch(self) -> Batch:
-        """All decode rows through the same blocks as the oldest, within the token budget.
-
-        Of one session only the first waiting row: the next one needs its cache.
-        """
-        span = next(iter(self._decode)).span
-        budget, sessions, pieces = self.batch_tokens, set[SessionId](), []
-        for task in list(self._decode):
-            size, session = task.row.num_tokens, task.row.session
-            is_blocked = session in sessions
-            sessions.add(session)
-            if is_blocked or task.span != span or size > budget:
-                continue
-            del self._decode[task]
-            pieces.append(Piece(task, 0, size))
-            budget -= size
+        """All decode rows in line through the same blocks as the oldest, within the budget."""
+        span = self._rows[next(iter(self._decode))][0].span
+        budget, pieces = self.batch_tokens, []
+        for session in self._decode:
+            task = self._rows[session][0]
+            size = task.left_tokens
+            if task.span == span and size <= budget:
+                pieces.append(self._take(task, size))
+                budget -= size
+        for piece in pieces:  # only now, so that no session is in the batch twice
+            self._finish(piece.task)
         return Batch(span, tuple(pieces))
 
     def _prefill_batch(self) -> Batch:
         """One chunk of the first row of the peer whose turn it is."""
-        client, tasks = next(iter(self._prefill.items()))
-        task = tasks[0]
-        size = min(task.left_tokens, self.chunk_tokens)
-        piece = Piece(task, task.done_tokens, size)
-        task.done_tokens += size
-        if not task.left_tokens:
-            tasks.popleft()
-        self._set_prefill(client, tasks)
-        if client in self._prefill:
-            self._prefill.move_to_end(client)
+        client, sessions = next(iter(self._prefill.items()))
+        task = self._rows[next(iter(sessions))][0]
+        size = min(task.left_tokens, self.chunk_tokens, self.batch_tokens)
+        piece = self._take(task, size)
+        self._prefill.move_to_end(client)
+        if piece.is_last:
+            self._finish(task)
         return Batch(task.span, (piece,))
 
-    def _set_prefill(self, client: PeerId, tasks: deque[Task]) -> None:
-        if tasks:
-            self._prefill[client] = tasks
+    def _take(self, task: Task, size: int) -> Piece:
+        piece = Piece(task, task.done_tokens, size)
+        task.done_tokens += size
+        return piece
+
+    def _finish(self, task: Task) -> None:
+        """A row is handed out wholly: the session's next one, if any, gets in line, at the end."""
+        session = task.row.session
+        self._step_out(session, task.client)
+        self._num_rows -= 1
+        self._rows[session].popleft()
+        if self._rows[session]:
+            self._line_up(session)
         else:
-            del self._prefill[client]
+            del self._rows[session]
+
+    def _line_up(self, session: SessionId) -> None:
+        task = self._rows[session][0]
+        if task.is_decode:
+            self._decode[session] = None
+        else:
+            self._prefill.setdefault(task.client, OrderedDict())[session] = None
+
+    def _step_out(self, session: SessionId, client: PeerId) -> None:
+        self._decode.pop(session, None)
+        sessions = self._prefill.get(client)
+        if sessions is not None:
+            sessions.pop(session, None)
+            if not sessions:
+                del self._prefill[client]

@@ -53,7 +53,8 @@ class Session(Generic[OutputT]):
     expires: float
     length: int = 0
     last_step: int | None = None
-    running: set[int] = field(default_factory=set)  # accepted, output not there yet
+    running: dict[int, Row] = field(default_factory=dict)  # accepted, output not there yet
+    asked_again: set[int] = field(default_factory=set)  # running steps that came once more
     kept: OrderedDict[int, OutputT] = field(default_factory=OrderedDict)
 
 
@@ -96,24 +97,24 @@ class SessionTable(Generic[OutputT]):
     def open(self, request: Open, now: float, *, others_wait: bool = False) -> Session[OutputT]:
         """Reserve a session, or take one over under a higher epoch.
 
-        Raises StaleEpoch, Forbidden (another client's session), Busy (too many sessions) or
-        CacheFull. Taking over with the same span keeps the cache; with another one, or for more
-        tokens than were reserved, the cache starts again from nothing.
+        Raises StaleEpoch, Forbidden (another client's session), Busy (too many sessions),
+        CacheFull or BadRequest, and has then changed nothing. Taking over with the same span
+        keeps the cache; with another one, or for more tokens than were reserved, the cache starts
+        again from nothing: a new Session is returned, and the caller forgets what the old one had
+        queued before anything else is opened.
         """
         held = self._sessions.get(request.session)
         if held is not None:
             self._authorise(held, request.client, request.epoch)
             if held.span == request.span and held.max_tokens >= request.max_tokens:
-                held.epoch, held.request = request.epoch, request
+                _raise_epoch(held, request.epoch)
+                held.request = request
                 held.expires = now + self._lease_s
                 return held
+        self._check_room(request, held, now, others_wait=others_wait)
+        if held is not None:
             self._drop(held)
-        if len(self._sessions) >= self._max_sessions:
-            raise Busy(
-                f"{self._max_sessions} sessions are open here",
-                retry_after_s=self.next_expiry_s(now),
-            )
-        pages = self._take_pages(request, now, others_wait=others_wait)
+        pages = self._pages.allocate(request.client, pages_for(request.max_tokens))
         session: Session[OutputT] = Session(
             id=request.session,
             client=request.client,
@@ -127,20 +128,32 @@ class SessionTable(Generic[OutputT]):
         self._sessions[session.id] = session
         return session
 
-    def _take_pages(self, request: Open, now: float, *, others_wait: bool) -> tuple[int, ...]:
-        wanted = pages_for(request.max_tokens)
+    def _check_room(
+        self, request: Open, held: Session[OutputT] | None, now: float, *, others_wait: bool
+    ) -> None:
+        """Raise unless the request fits once `held`, which it replaces, is gone."""
+        others = len(self._sessions) - (held is not None)
+        if others >= self._max_sessions:
+            raise Busy(
+                f"{self._max_sessions} sessions are open here",
+                retry_after_s=self.next_expiry_s(now),
+            )
+        wanted, returned = pages_for(request.max_tokens), len(held.pages) if held else 0
+        if wanted < 1:
+            raise BadRequest("a session has at least one token")
         if wanted > self._pages.num_pages:
             raise BadRequest(
                 f"{request.max_tokens} tokens; the whole cache here holds "
                 f"{self._pages.num_pages * PAGE_TOKENS}"
             )
-        if not self._pages.may_hold(request.client, wanted, others_wait=others_wait):
+        if not self._pages.may_hold(
+            request.client, wanted, others_wait=others_wait, returned=returned
+        ):
             raise CacheFull(
                 f"{self._pages.num_free * PAGE_TOKENS} cache tokens are free, "
                 f"{request.max_tokens} asked",
                 retry_after_s=self.next_expiry_s(now),
             )
-        return self._pages.allocate(request.client, wanted)
 
     def close(self, session: SessionId, client: PeerId, epoch: int) -> None:
         """Free a session's pages; unknown ones are fine, others' and fenced ones raise."""
@@ -185,30 +198,33 @@ class SessionTable(Generic[OutputT]):
             return self._repeat(session, row)
         self._check_order(session, row)
         session.last_step, session.length = row.step, row.position + row.num_tokens
-        session.running.add(row.step)
+        session.running[row.step] = row
         return Accepted(row)
 
     def on_output(self, row: Row, output: OutputT, now: float) -> Session[OutputT] | None:
         """Keep a computed row's output; returns the session if the output should be sent.
 
-        None: the session is gone, or a newer epoch no longer wants it.
+        None: the session is gone, or its newer epoch has not asked for this step.
         """
         session = self._sessions.get(row.session)
-        if session is None or row.step not in session.running:
+        if session is None or session.running.get(row.step) != row:
             return None
-        session.running.discard(row.step)
+        is_wanted = row.epoch == session.epoch or row.step in session.asked_again
+        del session.running[row.step]
+        session.asked_again.discard(row.step)
         session.kept[row.step] = output
         while len(session.kept) > WINDOW:
             session.kept.popitem(last=False)
         session.expires = now + self._lease_s
-        return session if row.epoch == session.epoch else None
+        return session if is_wanted else None
 
     def on_failed(self, row: Row) -> Session[OutputT] | None:
         """A row could not be computed: the cache ends before it, and later steps are off."""
         session = self._sessions.get(row.session)
-        if session is None or row.step not in session.running:
+        if session is None or session.running.get(row.step) != row:
             return None
-        session.running = {step for step in session.running if step < row.step}
+        session.running = {step: r for step, r in session.running.items() if step < row.step}
+        session.asked_again.intersection_update(session.running)
         session.length = min(session.length, row.position)
         session.last_step = row.step - 1
         return session
@@ -228,6 +244,8 @@ class SessionTable(Generic[OutputT]):
             raise BadRequest("a session can be forked between steps only")
         if not 0 <= position <= held.length:
             raise BadRequest(f"position {position} of a session of {held.length} tokens")
+        if position > request.max_tokens or request.span != held.span:
+            raise BadRequest("a fork has its source's blocks, and room for what it copies")
         if request.session in self._sessions:
             raise BadRequest(f"session {request.session} exists already")
         held.expires = now + self._lease_s
@@ -248,7 +266,8 @@ class SessionTable(Generic[OutputT]):
     ) -> None:
         """The client may step its own session; anyone else needs the session's push token."""
         if sender != session.client:
-            if not hmac.compare_digest(token, session.request.push_token):
+            expected = session.request.push_token  # empty: nobody but the client pushes
+            if not expected or not hmac.compare_digest(token, expected):
                 raise Forbidden(f"a wrong push token for session {row.session}")
             if row.epoch > session.epoch:
                 raise SessionUnknown(f"epoch {row.epoch} of session {row.session} is not open")
@@ -256,7 +275,7 @@ class SessionTable(Generic[OutputT]):
             raise StaleEpoch(
                 f"epoch {row.epoch} of session {row.session}; it is at {session.epoch}"
             )
-        session.epoch = row.epoch  # the client's word on its own route
+        _raise_epoch(session, row.epoch)  # the client's word on its own route
 
     def _check_order(self, session: Session[OutputT], row: Row) -> None:
         last = session.last_step
@@ -283,7 +302,15 @@ class SessionTable(Generic[OutputT]):
                 f"step {row.step} was acknowledged and its output dropped",
                 expected=session.length,
             )
+        if output is None:
+            session.asked_again.add(row.step)
         return Repeated(row, output)
+
+
+def _raise_epoch(session: Session[OutputT], epoch: int) -> None:
+    if epoch > session.epoch:
+        session.epoch = epoch
+        session.asked_again.clear()  # that was an older route asking
 
 
 def _acknowledge(session: Session[OutputT], acked: int) -> None:

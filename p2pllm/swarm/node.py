@@ -66,6 +66,7 @@ class Node:
             clock or SystemClock(),
             rng or random.Random(),
             network_id=config.net.network_id,
+            remote_host=endpoint.remote_host,
         )
         dht.set_addresses(endpoint.addresses, is_public=not config.dht.is_client)
         return cls(config, endpoint, dht)

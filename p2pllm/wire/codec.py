@@ -2,7 +2,7 @@
 
 `Reader` is how all foreign bytes are parsed: whatever is short, long or out of range ends in
 `CodecError` and nothing else. `pack` and `unpack` are msgpack with the settings of the protocol:
-maps with text keys, canonical (a value has one encoding), bounded in size and depth.
+maps have text keys, each once, there are no extension types, and size and depth are bounded.
 """
 
 import struct
@@ -11,6 +11,11 @@ from typing import Any
 import msgpack
 
 from p2pllm.errors import CodecError, LocalProtocolError
+
+MAX_DEPTH = 16  # arrays and maps within each other; a message's body needs 3
+
+# What a value may be, besides arrays and maps. Extension types (also msgpack's timestamp) are not.
+_ATOMS = frozenset({int, float, str, bytes, bool, type(None)})
 
 _U16, _U32, _U64 = struct.Struct(">H"), struct.Struct(">I"), struct.Struct(">Q")
 
@@ -102,15 +107,41 @@ def unpack(data: bytes | memoryview, *, max_bytes: int) -> Any:
     if len(data) > max_bytes:
         raise CodecError(f"{len(data)} bytes where {max_bytes} are allowed")
     try:
-        # The C unpacker bounds every length by the buffer's, and the depth at 1024.
-        return msgpack.unpackb(data, raw=False, strict_map_key=True)
+        # The unpacker bounds every length by the buffer's, and the depth at 1024.
+        value = msgpack.unpackb(data, raw=False, object_pairs_hook=_map)
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as exc:
         raise CodecError(f"not msgpack: {exc}") from exc
+    _check(value, MAX_DEPTH)
+    return value
+
+
+def _map(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+    """A map of the pairs; two readers must never see two values under one key."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise CodecError("a map has a key twice")
+    return result
+
+
+def _check(value: Any, depth: int) -> None:
+    """Refuse keys that are not text, extension types, and what is nested too deeply."""
+    if type(value) in _ATOMS:
+        return
+    if depth == 0:
+        raise CodecError(f"more than {MAX_DEPTH} arrays and maps within each other")
+    if type(value) is dict:
+        if not all(type(key) is str for key in value):
+            raise CodecError("a map's key is not a text")
+        value = value.values()
+    elif type(value) is not list:
+        raise CodecError("an extension type")
+    for item in value:
+        _check(item, depth - 1)
 
 
 def unpack_map(data: bytes | memoryview, *, max_bytes: int) -> dict[str, Any]:
     """Decode a map with text keys."""
     value = unpack(data, max_bytes=max_bytes)
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise CodecError("a map with text keys is expected")
+    if type(value) is not dict:
+        raise CodecError("a map is expected")
     return value

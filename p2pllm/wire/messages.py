@@ -8,7 +8,8 @@ with the body a msgpack map of the dataclass's fields and the tensors as in `p2p
 Keys that a receiver does not know are ignored and a missing key takes the field's default, so a
 newer minor version may add fields; anything else that does not fit is a `CodecError`. Inside
 maps, a nested value (`Row`, `HopTiming`) is an array of its fields in order, to which newer
-versions may append.
+versions may append. The types say what a number may be (`Count`, `Seconds`): a size that is
+negative is refused here and reaches no handler.
 
 docs/protocol.md tells what each message is for and who answers it with what.
 """
@@ -18,7 +19,7 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from p2pllm.errors import REQUEST_ERRORS, CodecError, LocalProtocolError, RequestFailed
 from p2pllm.ids import ModelId, PeerId, SessionId
@@ -31,6 +32,20 @@ MAX_TENSORS = 4
 MAX_TEXT = 1024  # characters of an error's sentence or a name
 MAX_ITEMS = 1024  # entries of any array in a body
 HEAD_BYTES = 8
+MAX_COUNT = 2**31 - 1  # of anything that is numbered or counted
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """What a number on the wire may be, both ends included."""
+
+    least: float
+    most: float
+
+
+Count = Annotated[int, Between(0, MAX_COUNT)]
+Positive = Annotated[int, Between(1, MAX_COUNT)]
+Seconds = Annotated[float, Between(0.0, 1e15)]  # a duration, or a wall time
 
 
 class Echo(enum.IntEnum):
@@ -70,12 +85,12 @@ class Row:
     """
 
     session: SessionId
-    epoch: int
-    step: int
-    position: int
-    num_tokens: int
-    acked: int = -1
-    tail: int = 0
+    epoch: Count
+    step: Count
+    position: Count
+    num_tokens: Positive
+    acked: Annotated[int, Between(-1, MAX_COUNT)] = -1
+    tail: Count = 0
 
     @property
     def num_outputs(self) -> int:
@@ -87,9 +102,9 @@ class Row:
 class HopTiming:
     """What one hop did with a step, all in seconds (`sent_at` on the hop's own clock)."""
 
-    queue_s: float
-    compute_s: float
-    sent_at: float
+    queue_s: Seconds
+    compute_s: Seconds
+    sent_at: Seconds
 
 
 MESSAGES: dict[int, type["Message"]] = {}
@@ -127,8 +142,8 @@ class ErrorReply(Message):
 
     error: int
     text: str
-    retry_after_s: float = 0.0
-    expected: int = 0
+    retry_after_s: Seconds = 0.0
+    expected: Count = 0
 
     def to_exception(self) -> RequestFailed:
         """The error as the exception class that its code stands for."""
@@ -181,7 +196,7 @@ class FindValue(Message):
     namespace: str
     key: bytes
     subkey: bytes = b""
-    cursor: int = 0
+    cursor: Count = 0
     sender: bytes = b""
 
 
@@ -195,9 +210,9 @@ class Values(Message):
     """
 
     records: tuple[bytes, ...]
-    cursor: int
+    cursor: Count
     nodes: tuple[bytes, ...]
-    ages_s: tuple[float, ...] = ()
+    ages_s: tuple[Seconds, ...] = ()
 
 
 @message(20)
@@ -230,9 +245,9 @@ class Open(Message):
     """
 
     session: SessionId
-    epoch: int
+    epoch: Count
     span: Span
-    max_tokens: int
+    max_tokens: Positive
     model: ModelId
     numerics: Numerics
     push_token: bytes
@@ -242,7 +257,7 @@ class Open(Message):
     echo: Echo = Echo.NONE
     codec: TensorCodec = TensorCodec.RAW
     is_compressed: bool = False
-    wait_s: float = 0.0
+    wait_s: Seconds = 0.0
 
 
 @message(33)
@@ -254,8 +269,8 @@ class Opened(Message):
     or there is none. `position` is the cache's length (above 0 when taken over).
     """
 
-    lease_s: float
-    position: int = 0
+    lease_s: Seconds
+    position: Count = 0
     next_rtt_s: float = -1.0
     numerics: Numerics = Numerics("")
 
@@ -274,7 +289,7 @@ class Step(Message):
     tensor: WireTensor
     tokens: tuple[bytes, ...] = ()
     timings: tuple[HopTiming, ...] = ()
-    budget_s: float = 0.0
+    budget_s: Seconds = 0.0
 
 
 @message(35)
@@ -304,8 +319,8 @@ class HopFailed(Message):
     error: int
     text: str
     next_hop: bytes = b""
-    retry_after_s: float = 0.0
-    expected: int = 0
+    retry_after_s: Seconds = 0.0
+    expected: Count = 0
 
 
 @message(37)
@@ -314,7 +329,7 @@ class Rewire(Message):
     """Change a hop's successor under a new epoch. Answered with `Opened`."""
 
     session: SessionId
-    epoch: int
+    epoch: Count
     next_hop: bytes = b""
     next_token: bytes = b""
 
@@ -325,7 +340,7 @@ class Close(Message):
     """The session is over; free its pages. Answered with `Ack`, also if it is unknown."""
 
     sessions: tuple[SessionId, ...]
-    epoch: int
+    epoch: Count
 
 
 @message(39)
@@ -334,9 +349,9 @@ class Fork(Message):
     """Copy the first `position` tokens of a session into a new one. Answered with `Opened`."""
 
     session: SessionId
-    epoch: int
+    epoch: Count
     new_session: SessionId
-    position: int
+    position: Count
     push_token: bytes = b""
 
 
@@ -418,7 +433,7 @@ _SCHEMAS: dict[type, list[_Field]] = {}
 def _schema(cls: type) -> list[_Field]:
     schema = _SCHEMAS.get(cls)
     if schema is None:
-        hints = typing.get_type_hints(cls)
+        hints = typing.get_type_hints(cls, include_extras=True)
         schema = _SCHEMAS[cls] = []
         for item in fields(cls):
             to_wire, from_wire = _converters(hints[item.name])
@@ -429,6 +444,9 @@ def _schema(cls: type) -> list[_Field]:
 def _converters(kind: Any) -> tuple[_Convert | None, _Convert]:
     if kind is WireTensor:
         return None, _same
+    if typing.get_origin(kind) is Annotated:
+        number, bounds = typing.get_args(kind)
+        return _same, lambda value: _bounded(_SCALARS[number](value), bounds)
     if kind in _SCALARS:
         return _same, _SCALARS[kind]
     if kind in _IDS:
@@ -484,6 +502,12 @@ def _float(value: Any) -> float:
     return float(value)
 
 
+def _bounded(value: Any, bounds: Between) -> Any:
+    if not bounds.least <= value <= bounds.most:
+        raise CodecError(f"{value} where {bounds.least} to {bounds.most} is expected")
+    return value
+
+
 def _bool(value: Any) -> bool:
     if type(value) is not bool:
         raise CodecError("true or false is expected")
@@ -509,8 +533,8 @@ def _sized(value: Any, num_bytes: int) -> bytes:
 
 
 def _span(value: Any) -> Span:
-    items = [_int(item) for item in _array(value)]
-    if len(items) < 2 or not 0 <= items[0] < items[1] < 2**16:
+    items = _array(value)
+    if len(items) < 2 or not 0 <= _int(items[0]) < _int(items[1]) < 2**16:
         raise CodecError("not a span of blocks")
     return Span(items[0], items[1])
 

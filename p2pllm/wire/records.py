@@ -24,6 +24,7 @@ RECORD_DOMAIN = b"p2pllm/record/1"  # what a record's signature is made for
 RECORD_VERSION = 1
 MAX_RECORD_BYTES = 1024  # payload and signature; a page of 16 KiB then holds at least 15
 MAX_ADDRESSES = 8  # per peer record, relays counted in
+MAX_ADDRESS_BYTES = 768  # of these together; the rest of a record takes less than 256
 _MAX_NAMESPACE = 32
 
 PEER_NAMESPACE = "peer"
@@ -106,8 +107,6 @@ def parse_record(data: bytes | memoryview) -> Record:
     if not (0 <= seq < 2**63 and 0 <= issued < 2**40 and 0 <= expires < 2**40):
         raise CodecError("a record's sequence number or times are out of range")
     body = _field(fields, "body", dict)
-    if not all(isinstance(name, str) for name in body):
-        raise CodecError("a record's body must have text keys")
     return Record(namespace, key, PeerId(subkey), seq, issued, expires, body, payload, signature)
 
 
@@ -131,14 +130,17 @@ class PeerRecord:
     is_public: bool = True
 
     def to_body(self) -> dict[str, Any]:
-        """The record's body. Addresses go without the PeerId, which the record's slot says."""
-        own = f"{self.peer_id}@"
-        return {
-            "addresses": [
-                str(address.of(self.peer_id)).removeprefix(own) for address in self.addresses
-            ],
-            "public": self.is_public,
-        }
+        """The record's body, with as many of the addresses, best first, as a record has room for.
+
+        They go without the PeerId, which the record's slot says.
+        """
+        own, texts, room = f"{self.peer_id}@", [], MAX_ADDRESS_BYTES
+        for address in self.addresses[:MAX_ADDRESSES]:
+            text = str(address.of(self.peer_id)).removeprefix(own)
+            room -= len(pack(text))
+            if room >= 0:
+                texts.append(text)
+        return {"addresses": texts, "public": self.is_public}
 
     @classmethod
     def from_record(cls, record: Record) -> "PeerRecord":
@@ -146,8 +148,10 @@ class PeerRecord:
         if record.namespace != PEER_NAMESPACE:
             raise CodecError(f"a record of namespace {record.namespace!r} is not a peer's")
         texts = record.body.get("addresses", [])
-        if not isinstance(texts, list) or len(texts) > MAX_ADDRESSES:
+        if type(texts) is not list or len(texts) > MAX_ADDRESSES:
             raise CodecError(f"a peer record has a list of at most {MAX_ADDRESSES} addresses")
+        if not all(type(text) is str for text in texts):
+            raise CodecError("a peer record's address must be a text")
         try:
             addresses = tuple(Address.parse(f"{record.subkey}@{text}") for text in texts)
         except ConfigError as exc:

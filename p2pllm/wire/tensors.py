@@ -109,6 +109,8 @@ def read_tensor(reader: Reader) -> WireTensor:
     if num_dims > MAX_DIMS:
         raise CodecError(f"a tensor of {num_dims} dimensions; at most {MAX_DIMS} are allowed")
     shape = tuple(reader.u32() for _ in range(num_dims))
+    if 0 in shape:
+        raise CodecError(f"a tensor of shape {shape} has no values")
     header = TensorHeader(codec, compression, dtype, shape)
     if header.coded_bytes > MAX_TENSOR_BYTES:
         raise CodecError(f"a tensor of {header.coded_bytes} bytes; {MAX_TENSOR_BYTES} are allowed")

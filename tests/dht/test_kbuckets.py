@@ -110,6 +110,15 @@ def test_a_full_bucket_keeps_its_long_lived_peers_and_asks_after_the_oldest() ->
     assert not table.has_pings
 
 
+def test_a_peer_that_failed_once_is_asked_after() -> None:
+    (contact,) = contacts_in(0, 1)
+    table = table_of(contact)
+
+    table.on_failure(contact, 1.0)
+
+    assert table.next_ping() == contact
+
+
 def test_peers_seen_lately_are_not_asked_after() -> None:
     *members, newcomer = contacts_in(0, CONFIG.k + 1)
     table = table_of(*members)

@@ -253,8 +253,8 @@ def test_any_order_of_replies_finds_the_closest_that_live(
         query = waiting.pop(rng.randrange(len(waiting)))
         if query.contact.id in dead:
             lookup.on_failure(query)
-        else:  # everybody knows all, so the reply holds the 40 closest to the target
-            lookup.on_reply(query, sorted(swarm, key=lambda contact: contact.id)[:40])
+        else:  # everybody knows all, so a reply holds the k closest of them
+            lookup.on_reply(query, sorted(swarm, key=lambda contact: contact.id)[:8])
 
     assert lookup.is_done
     known = sorted(contact.id for contact in swarm)[:8]

@@ -250,9 +250,7 @@ def test_a_config_that_promises_too_much_is_refused_at_once(tiny: Tiny, tmp_path
         open_checkpoint(path)
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
-    tiny: Tiny, tmp_path: Path
-) -> None:
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     path = tiny.write_hf(tmp_path)
     edit(path / "config.json", vocab_size=200)
     with pytest.raises(CheckpointError, match="the tokenizer has 300 tokens, the model 200"):

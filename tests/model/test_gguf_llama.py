@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from p2pllm.errors import CheckpointError
 from p2pllm.model.checkpoint import open_checkpoint
@@ -153,7 +155,9 @@ def test_head_counts_per_block_must_be_equal(tiny: Tiny, tmp_path: Path) -> None
         writer.kv_data[0].pop("llama.attention.head_count_kv")
         writer.add_head_count_kv([2, 2, 2])
 
-    assert open_checkpoint(tiny.write_gguf(tmp_path / "y.gguf", change=equal)).config.group_size == 2
+    assert (
+        open_checkpoint(tiny.write_gguf(tmp_path / "y.gguf", change=equal)).config.group_size == 2
+    )
     with pytest.raises(CheckpointError, match="differs between blocks"):
         open_checkpoint(tiny.write_gguf(tmp_path / "x.gguf", change=differ))
 
@@ -178,3 +182,44 @@ def test_a_shape_that_does_not_fit_the_config_is_named(
     checkpoint.block_weights(0)
     with pytest.raises(CheckpointError, match=rf"x\.gguf: tensor model\.layers\.1\.{name}\.weight"):
         checkpoint.block_weights(1)
+
+
+def read_everything(path: Path) -> None:
+    checkpoint = open_checkpoint(path)
+    for index in range(checkpoint.config.num_blocks):
+        checkpoint.block_weights(index)
+    checkpoint.edge_weights()
+    tokenizer = checkpoint.tokenizer()
+    tokenizer.decode(tokenizer.encode("the fox"))
+    assert checkpoint.model_id
+
+
+def test_a_model_cut_anywhere_gives_checkpoint_error_only(tiny: Tiny, tmp_path: Path) -> None:
+    path = tiny.write_gguf(tmp_path / "x.gguf")
+    whole = path.read_bytes()
+    read_everything(path)
+    for length in range(0, len(whole) - 32, len(whole) // 300):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"x\.gguf"):
+            read_everything(path)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_header_gives_checkpoint_error_only(
+    tiny: Tiny, tmp_path: Path, data: st.DataObject
+) -> None:
+    path = tmp_path / "x.gguf"
+    if not path.exists():
+        tiny.write_gguf(path)
+        (tmp_path / "whole").write_bytes(path.read_bytes())
+    whole = bytearray((tmp_path / "whole").read_bytes())
+    header = whole.index(b"blk.2.ffn_down") + 64  # the tensors' entries end about there
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, header))
+        whole[at] = data.draw(st.integers(0, 255))
+    path.write_bytes(whole)
+    try:
+        read_everything(path)
+    except CheckpointError:
+        pass  # anything else fails the test

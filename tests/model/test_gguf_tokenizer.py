@@ -1,5 +1,6 @@
 """Tokenizers built from GGUF metadata, against independent ways to the same ids."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def merge_by_scores(text: str) -> list[int]:
     """SentencePiece's BPE as it is defined: merge the best-scored neighbours until none are."""
     symbols = list("▁" + text.replace(" ", "▁"))
     while True:
-        pairs = [(PIECES.get(a + b), -i) for i, (a, b) in enumerate(zip(symbols, symbols[1:]))]
+        pairs = [(PIECES.get(a + b), -at) for at, (a, b) in enumerate(itertools.pairwise(symbols))]
         scored = [(score, at) for score, at in pairs if score is not None]
         if not scored:
             break
@@ -101,9 +102,7 @@ def test_byte_level_ids_are_those_of_the_same_tokenizer_in_json(
     tiny: Tiny, tmp_path: Path, text: str
 ) -> None:
     theirs = once("hf", lambda: load_tokenizer(tiny.write_hf(tmp_path / "hf")))
-    ours = once(
-        "gguf", lambda: build_tokenizer(GgufFile(tiny.write_gguf(tmp_path / "tiny.gguf")))
-    )
+    ours = once("gguf", lambda: build_tokenizer(GgufFile(tiny.write_gguf(tmp_path / "tiny.gguf"))))
     assert ours.encode(text) == theirs.encode(text)
     assert ours.eos_ids == theirs.eos_ids
     assert ours.render_chat([{"role": "user", "content": text}]) == theirs.render_chat(
@@ -123,7 +122,7 @@ def with_pre(name: str) -> Change:
             writer.add_tokenizer_pre(name)
         writer.add_token_list(tokens)
         writer.add_token_types([1] * 261 + [3, 1])
-        writer.add_token_merges(["1 2", "12 3", "a b", "Ġ 1"])
+        writer.add_token_merges(["Ġ 1", "1 2", "12 3", "a b"])
         writer.add_bos_token_id(261)
 
     return change
@@ -174,28 +173,19 @@ def test_a_tokenizer_with_a_part_missing_is_refused(tmp_path: Path, missing: str
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("key", "damage"),
     [
-        lambda w: w.add_array("tokenizer.ggml.merges", ["1 9", "no-space"]),
-        lambda w: w.add_array("tokenizer.ggml.merges", [1, 2]),
-        lambda w: w.add_array("tokenizer.ggml.tokens", ["a", "b"]),
-        lambda w: w.add_bos_token_id(10**6),
+        ("merges", lambda w: w.add_array("tokenizer.ggml.merges", ["1 9", "no-space"])),
+        ("merges", lambda w: w.add_array("tokenizer.ggml.merges", [1, 2])),
+        ("tokens", lambda w: w.add_array("tokenizer.ggml.tokens", ["a", "b"])),
+        ("bos_token_id", lambda w: w.add_bos_token_id(10**6)),
     ],
 )
-def test_a_damaged_tokenizer_is_refused(tmp_path: Path, damage: Change) -> None:
+def test_a_damaged_tokenizer_is_refused(tmp_path: Path, key: str, damage: Change) -> None:
     def change(writer: gguf.GGUFWriter) -> None:
         with_pre("llama-bpe")(writer)
-        for key in ("merges", "tokens", "bos_token_id"):
-            original = writer.kv_data[0].pop(f"tokenizer.ggml.{key}")
-            writer.kv_data[0]["kept"] = original
-            try:
-                damage(writer)
-            except ValueError:
-                pass  # it damages another key, which is still there
-            if f"tokenizer.ggml.{key}" in writer.kv_data[0]:
-                writer.kv_data[0].pop("kept")
-                return
-            writer.kv_data[0][f"tokenizer.ggml.{key}"] = writer.kv_data[0].pop("kept")
+        writer.kv_data[0].pop(f"tokenizer.ggml.{key}")
+        damage(writer)
 
     with pytest.raises(CheckpointError, match=r"x\.gguf"):
         build_tokenizer(write(tmp_path / "x.gguf", change))

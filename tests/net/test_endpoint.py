@@ -27,7 +27,7 @@ from p2pllm.errors import (
 from p2pllm.identity import Identity
 from p2pllm.ids import PeerId
 from p2pllm.net.endpoint import Endpoint
-from p2pllm.net.frames import Priority
+from p2pllm.net.frames import Priority, StreamKind
 from p2pllm.net.link import Buffer, Link
 from p2pllm.net.rpc import Request
 from p2pllm.sim.loop import run
@@ -97,6 +97,12 @@ async def pair(made: World, config: NetConfig = CONFIG) -> tuple[Endpoint, Endpo
     alice, bob = await made.add(1, config), await made.add(2, config)
     alice.learn(bob.peer_id, bob.addresses)
     return alice, bob
+
+
+def forget_links(made: World, first: str, second: str) -> None:
+    """As when a NAT between two hosts restarts: their links are dead, new ones are not."""
+    made.network.partition(first, second)
+    made.network._cut.clear()
 
 
 def tensor(num_bytes: int, fill: int = 0) -> WireTensor:
@@ -339,6 +345,33 @@ def test_messages_wait_for_memory_and_then_arrive() -> None:
     run(scenario())
 
 
+def test_memory_held_for_a_message_that_does_not_come_is_given_to_others() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            bob = await made.add(2, replace(CONFIG, process_memory_bytes=8 * 2**20))
+            alice, mallory = await made.add(1), await made.add(3)
+
+            async def answer(request: Request[Output]) -> Message:
+                return Ack()
+
+            bob.handle(Output, answer)
+            await mallory.connect(bob.addresses[0], timeout_s=5)
+            (channel,) = mallory._all_channels()
+            mux = channel.connection.mux
+            assert mux is not None
+            head = (5_000_000).to_bytes(4, "big") + bytes(1000)
+            mux.open(StreamKind.UNARY, Priority.BULK, [head, bytes(2**20)], deadline=1e6)
+            made.network.shape("10.0.0.3", "10.0.0.2", ShaperConfig(bandwidth_bytes_s=1000))
+            channel.flush()
+            await asyncio.sleep(1)
+            await alice.connect(bob.addresses[0], timeout_s=5)
+            await alice.request(
+                bob.peer_id, Output((), tensor(3_000_000)), timeout_s=60, priority=Priority.BULK
+            )
+
+    run(scenario())
+
+
 # --- streaming -------------------------------------------------------------------------------
 
 
@@ -447,6 +480,27 @@ def test_pushes_survive_a_peer_that_is_away_for_a_while() -> None:
             await asyncio.sleep(20)
             made.network.heal("10.0.0.1", "10.0.0.2")
             await pushing
+            assert handled == [question(3)]
+
+    run(scenario())
+
+
+def test_a_push_leaves_a_suspected_connection_within_seconds() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await pair(made)
+            handled: list[Message] = []
+
+            async def take(request: Request[FindNode]) -> None:
+                handled.append(request.message)
+
+            bob.handle(FindNode, take)
+            await alice.connect(bob.peer_id, timeout_s=5)
+            await asyncio.sleep(30)
+            forget_links(made, "10.0.0.1", "10.0.0.2")
+            began = asyncio.get_running_loop().time()
+            await alice.push(bob.peer_id, question(3), timeout_s=60)
+            assert asyncio.get_running_loop().time() - began < 3
             assert handled == [question(3)]
 
     run(scenario())
@@ -615,6 +669,7 @@ def test_dials_leave_from_the_listening_port_and_peers_say_what_they_see() -> No
         async with world() as made:
             alice, bob = await pair(made)
             await alice.connect(bob.peer_id, timeout_s=5)
+            await asyncio.sleep(0.02)
             assert alice.observed == (("10.0.0.1", PORT),)
             assert bob.observed == (("10.0.0.2", PORT),)
 
@@ -681,8 +736,9 @@ def test_requests_on_the_connection_that_is_given_up_are_answered() -> None:
                 endpoint.learn(other.peer_id, other.addresses)
                 endpoint.handle(FindNode, slow)
             async with asyncio.TaskGroup() as group:
-                group.create_task(alice.request(bob.peer_id, question(), timeout_s=10))
                 group.create_task(bob.request(alice.peer_id, question(), timeout_s=10))
+                await asyncio.sleep(0.035)  # bob's handshake is half done
+                group.create_task(alice.request(bob.peer_id, question(), timeout_s=10))
                 await asyncio.sleep(1)
                 assert len(alice.connections()) == 2
             await asyncio.sleep(1)
@@ -727,9 +783,10 @@ def test_a_silent_peer_is_given_up_after_fifteen_seconds() -> None:
             alice, bob = await pair(made)
             bob.handle(FindNode, never)
             await alice.connect(bob.peer_id, timeout_s=5)
+            await asyncio.sleep(0.1)
             made.network.kill("10.0.0.2", is_silent=True)
             began = asyncio.get_running_loop().time()
-            with pytest.raises(ConnectionLost, match="silent"):
+            with pytest.raises(ConnectionLost):
                 await alice.request(bob.peer_id, question(), timeout_s=100)
             assert asyncio.get_running_loop().time() - began == pytest.approx(15, abs=0.1)
 
@@ -743,8 +800,7 @@ def test_a_suspected_connection_is_replaced_by_a_new_one_within_seconds() -> Non
             bob.handle(FindNode, echo)
             await alice.connect(bob.peer_id, timeout_s=5)
             await asyncio.sleep(30)
-            for end in made.network._live(frozenset(("10.0.0.1", "10.0.0.2"))):
-                end.shaped.stall()  # as when a NAT forgets: the link is dead, the peer is not
+            forget_links(made, "10.0.0.1", "10.0.0.2")
             lost = asyncio.ensure_future(alice.request(bob.peer_id, question(), timeout_s=100))
             await asyncio.sleep(3)
             began = asyncio.get_running_loop().time()
@@ -826,6 +882,32 @@ def test_a_connection_too_many_is_refused_while_all_are_in_use() -> None:
             assert not others[2].is_connected(hub.peer_id)
             assert len(hub.connections()) == 2
             assert hub.refused["connections"] == 1
+
+    run(scenario())
+
+
+def test_one_peer_that_dials_again_and_again_keeps_few_connections() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            hub = await made.add(1)
+            hub.protect(identity_of(2).peer_id)
+            network = made.network.host("10.0.0.2")
+            for _ in range(20):
+                config = replace(CONFIG, is_listening=False)
+                guest = await Endpoint.bind(config, identity_of(2), network)
+                made.group.create_task(cancelled_later(guest))
+                await guest.connect(hub.addresses[0], timeout_s=5)
+                for channel in guest._all_channels():
+                    channel.leave = lambda code: None  # type: ignore[method-assign]
+            assert len(hub.connections()) > 10
+            await asyncio.sleep(30)
+            assert len(hub.connections()) == 1
+
+    async def cancelled_later(endpoint: Endpoint) -> None:
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(endpoint.run())
+            await asyncio.sleep(60)
+            running.cancel()
 
     run(scenario())
 

@@ -25,12 +25,10 @@ from p2pllm.net.frames import (
     Priority,
     StreamKind,
 )
-from p2pllm.net.mux import (
-    FIRST_WINDOW,
-    MAX_CONTROL,
+from p2pllm.net.mux import FIRST_WINDOW, MAX_CONTROL, Mux
+from p2pllm.net.streams import (
     STREAM_WINDOW,
     Event,
-    Mux,
     PeerDead,
     PeerLeaving,
     Pong,
@@ -125,6 +123,7 @@ def travel(
     since: float = 0.0,
     jitter_s: float = 0.0,
     on_frame: Callable[[bytes], None] | None = None,
+    on_time: Callable[[float], None] | None = None,
 ) -> list[tuple[float, int]]:
     """Run over a path with a rate towards the server and a queue that holds anything.
 
@@ -136,6 +135,8 @@ def travel(
     now = free_at = since
     rng = random.Random(7)
     while now < until:
+        if on_time is not None:
+            on_time(now)
         while (frame := client.mux.next_frame(now)) is not None:
             if on_frame is not None:
                 on_frame(frame)
@@ -270,6 +271,29 @@ def test_stop_makes_the_peer_end_its_side() -> None:
     assert client.mux.is_idle
     assert server.mux.is_idle
     assert server.mux.snapshot().unconsumed == (0, 0)
+
+
+def test_a_stream_that_is_stopped_while_it_lacks_credit_ends_once() -> None:
+    client, server = pair()
+    server.consumes = False
+    first = client.open(bytes(700_000), priority=Priority.DECODE)
+    second = client.open(bytes(700_000), priority=Priority.DECODE)
+    roundtrip(client, server)
+    theirs = {stream.id: stream for stream in server.read}
+    server.mux.stop(theirs[second.id])
+    stop, *credit = frames_of(server)
+    client.take(stop, 0.0)
+    for end in frames_of(client):
+        server.take(end, 0.0)
+    for frame in credit:
+        client.take(frame, 0.0)
+    server.mux.consume(theirs[first.id], 700_000)
+    roundtrip(client, server)  # an end too many would be an error
+    for stream in theirs.values():
+        server.mux.send(stream, [b"ok"], is_end=True)
+    roundtrip(client, server)
+    assert client.mux.is_idle
+    assert server.mux.is_idle
 
 
 def test_a_push_is_over_when_the_application_has_taken_it() -> None:
@@ -438,12 +462,12 @@ def test_unread_bytes_never_exceed_the_windows() -> None:
 def test_a_window_grows_for_a_reader_that_keeps_up() -> None:
     client, server = pair()
     server.mux.path.on_rtt(0.1, now=0.0)
-    client.open(bytes(32 * 2**20), priority=Priority.CONTROL)
-    server.expects = 32 * 2**20
-    travel(client, server, rate=100e6, rtt_s=0.1, until=1.0)
+    for _ in range(32):
+        client.open(bytes(2**20), priority=Priority.CONTROL)
+    travel(client, server, rate=100e6, rtt_s=0.1, until=2.0)
     window = server.mux.snapshot().windows[0]
     assert 8 * 2**20 <= window <= CONFIG.connection_window_bytes
-    assert len(server.read[server.only()]) == 32 * 2**20
+    assert sum(len(data) for data in server.read.values()) == 32 * 2**20
 
 
 def test_windows_stay_within_their_quarter_of_the_budget() -> None:
@@ -615,6 +639,27 @@ def test_jitter_does_not_starve() -> None:
     assert len(server.read[server.only()]) > 0.8 * 12.5e6 * 3.0
 
 
+def test_a_decode_step_behind_a_slow_line_far_away_waits_less_than_ten_milliseconds() -> None:
+    """The queue is in a router, where nothing overtakes: so there must be none."""
+    client, server = pair()
+    server.expects = 40 * 2**20
+    client.open(bytes(40 * 2**20), priority=Priority.BULK)
+    opened: dict[bytes, float] = {}
+    delays: list[float] = []
+
+    def on_time(now: float) -> None:
+        arrived = {bytes(data) for data in server.read.values() if len(data) < 100}
+        delays.extend(now - opened.pop(name) for name in arrived & opened.keys())
+        if not opened and now > 0.5:  # the start looks for the path's limit, and passes it
+            name = f"step at {now}".encode()
+            opened[name] = now
+            client.open(name, priority=Priority.DECODE)
+
+    travel(client, server, rate=12.5e6, rtt_s=0.030, until=2.5, on_time=on_time)
+    assert len(delays) > 60
+    assert sorted(delays)[len(delays) * 95 // 100] < 0.015 + 0.010
+
+
 def test_frames_are_large_only_where_the_path_is_fast() -> None:
     sizes = {}
     for rate in (12.5e6, 400e6):
@@ -715,6 +760,7 @@ def test_our_own_sleep_is_not_taken_for_the_peers_silence() -> None:
         OPEN.pack(FrameType.OPEN, 2, 0, 0, 3, 1000),  # no such kind
         OPEN.pack(FrameType.OPEN, 2, 0, 0, 0, 1000)[:-1],
         CREDIT.pack(FrameType.CREDIT, 0, 7, 1),
+        CREDIT.pack(FrameType.CREDIT, 1, 2, 1),
         NUMBER.pack(FrameType.RECEIVED, 0, 1),  # we have sent nothing
         HEAD.pack(FrameType.DONE, 0) + b"\x00\x00",
         HEAD.pack(FrameType.STOP, 0),
@@ -900,6 +946,60 @@ def test_whatever_the_order_of_calls_every_byte_arrives_once_and_in_order(
     by_id = {stream.id: data for stream, data in expected.items()}
     assert {stream.id: bytes(data) for stream, data in server.read.items()} == by_id
     assert {stream.id for stream in server.ended} == set(by_id)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32))
+def test_with_slow_readers_and_replies_in_pieces_nothing_is_lost_and_nothing_gets_stuck(
+    seed: int,
+) -> None:
+    rng = random.Random(seed)
+    sides = pair()
+    for side in sides:
+        side.consumes = False
+    client, server = sides
+    wires: tuple[deque[bytes], deque[bytes]] = (deque(), deque())
+    requests = {
+        client.open(rng.randbytes(rng.choice([10, 5000, 1_500_000])), priority=priority): None
+        for priority in rng.choices(list(Priority), k=6)
+    }
+    replies: dict[int, bytes] = {}
+    unsaid: dict[Stream, deque[bytes]] = {}
+
+    def act(index: int) -> None:
+        side = sides[index]
+        match rng.randrange(4):
+            case 0:
+                for stream, data in side.read.items():
+                    side.mux.consume(stream, rng.randint(0, len(data)))
+            case 1:
+                for stream in side.read:
+                    if rng.random() < 0.3:
+                        side.mux.expect(stream, len(side.read[stream]) + 200_000)
+            case 2 if index == 1:
+                for stream in server.read:
+                    if stream not in unsaid:
+                        pieces = [rng.randbytes(rng.choice([1, 70_000, 600_000])) for _ in "123"]
+                        unsaid[stream] = deque(pieces)
+                        replies[stream.id] = b"".join(pieces)
+                    if unsaid[stream]:
+                        piece = unsaid[stream].popleft()
+                        server.mux.send(stream, [piece], is_end=not unsaid[stream])
+            case _:
+                for _ in range(20):
+                    if (frame := side.mux.next_frame(0.0)) is not None:
+                        wires[index].append(frame)
+                    if wires[1 - index] and rng.random() < 0.8:
+                        side.take(wires[1 - index].popleft(), 0.0)
+
+    for _ in range(20_000):
+        act(rng.randrange(2))
+        if client.mux.is_idle and server.mux.is_idle and not any(wires):
+            break
+    assert client.mux.is_idle
+    assert server.mux.is_idle
+    assert {stream.id: bytes(data) for stream, data in client.read.items()} == replies
+    assert len(replies) == len(requests)
 
 
 def test_opened_streams_are_announced_before_their_data() -> None:

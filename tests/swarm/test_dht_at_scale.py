@@ -132,7 +132,7 @@ def test_live_publishers_are_found_while_ten_percent_of_nodes_are_replaced_per_m
             replacing = tasks.create_task(churn.run())
             await asyncio.sleep(60)
             for _ in range(120):
-                await asyncio.sleep(1.5)
+                await asyncio.sleep(1.0)
                 model = swarm.rng.choice(MODELS)
                 expected = churn.live(model)
 

@@ -1,0 +1,110 @@
+"""What `generate`, `chat` and `demo` share: reaching a model, and telling how it went."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from p2pllm.cli.nodes import identity_of
+from p2pllm.cli.options import ClientOptions, SamplingOptions, UseOptions
+from p2pllm.cli.terminal import Activity, milliseconds, tell
+from p2pllm.config import ClientConfig, NodeConfig
+from p2pllm.spans import Span
+
+if TYPE_CHECKING:
+    from p2pllm.client.model import SwarmModel
+    from p2pllm.client.results import GenerationResult
+
+
+def client_settings(use: UseOptions) -> ClientConfig:
+    """The client's part of the configuration."""
+    return ClientConfig(dtype=use.dtype, wire_codec=use.wire_codec, patience_s=use.patience)
+
+
+@asynccontextmanager
+async def swarm_model(
+    config: NodeConfig, network: ClientOptions, use: UseOptions, activity: Activity
+) -> AsyncIterator["SwarmModel"]:
+    """Join, and load what a client needs of the model."""
+    activity.say("starting")
+    from p2pllm.client.client import connect  # imports torch
+
+    activity.say("joining the swarm")
+    async with connect(
+        config=config,
+        dtype=use.dtype,
+        wire_codec=use.wire_codec,
+        identity=identity_of(network),
+    ) as swarm:
+        activity.say("loading the model's edges")
+        model = await swarm.model(
+            use.model or None,
+            on_progress=lambda done, total: activity.on_bytes("fetching the model", done, total),
+        )
+        missing = model.tracker.view().missing()
+        if missing and use.patience:
+            spans = ", ".join(str(span) for span in missing)
+            if missing == (Span(0, model.config.num_blocks),):
+                spans = "any block"
+            tell(f"no server for {spans} of {model.model_id} yet; waiting {use.patience:g} s")
+        yield model
+
+
+def has_chat_template(model: "SwarmModel") -> bool:
+    """Does the model know how conversations are written?"""
+    from p2pllm.model.tokenizer import Tokenizer
+
+    return isinstance(model.tokenizer, Tokenizer) and model.tokenizer.has_chat_template
+
+
+def generate_options(sampling: SamplingOptions) -> dict[str, Any]:
+    """The keyword arguments of `SwarmModel.generate`."""
+    return {
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "seed": sampling.seed,
+    }
+
+
+def as_json(result: "GenerationResult") -> dict[str, Any]:
+    """What `generate --json` prints."""
+    return {
+        "text": result.text,
+        "token_ids": list(result.token_ids),
+        "prompt_token_ids": list(result.prompt_token_ids),
+        "finish": result.finish,
+        "ttft_s": result.ttft_s,
+        "tpot_s": result.tpot_s,
+        "tokens_per_s": result.tokens_per_s,
+        "bytes_per_token_per_hop": result.bytes_per_token_per_hop,
+        "route": [
+            {
+                "peer_id": str(hop.peer_id),
+                "blocks": str(hop.blocks),
+                "rtt_s": hop.rtt_s,
+                "queue_s": hop.queue_s,
+                "compute_s": hop.compute_s,
+            }
+            for hop in result.route
+        ],
+        "recoveries": result.recoveries,
+    }
+
+
+def tell_route(result: "GenerationResult") -> None:
+    """Which way the tokens went and how fast, on stderr."""
+    tell("route     blocks      rtt ms  queue ms  compute ms")
+    for hop in result.route:
+        tell(
+            f"{hop.peer_id.short}  {hop.blocks!s:<8}{milliseconds(hop.rtt_s):>10}"
+            f"{milliseconds(hop.queue_s):>10}{milliseconds(hop.compute_s):>12}"
+        )
+    parts = [f"{len(result.token_ids)} tokens"]
+    if result.ttft_s is not None:
+        parts.append(f"first after {result.ttft_s:.2f} s")
+    if result.tokens_per_s is not None:
+        parts.append(f"then {result.tokens_per_s:.1f} tokens/s")
+    if result.recoveries:
+        parts.append(f"{result.recoveries} lost servers replaced")
+    tell(", ".join(parts))

@@ -1,0 +1,143 @@
+"""`p2pllm generate`: text after a prompt."""
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from p2pllm.cli.asking import (
+    as_json,
+    client_settings,
+    generate_options,
+    has_chat_template,
+    swarm_model,
+    tell_route,
+)
+from p2pllm.cli.nodes import asking_node
+from p2pllm.cli.options import (
+    ClientOptions,
+    SamplingOptions,
+    UseOptions,
+    client_options,
+    common_options,
+    option,
+    sampling_options,
+    use_options,
+)
+from p2pllm.cli.runner import run
+from p2pllm.cli.terminal import Activity, printable
+from p2pllm.config import NodeConfig
+
+if TYPE_CHECKING:
+    from p2pllm.client.model import SwarmModel
+    from p2pllm.client.results import GenerationResult
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked, and what is to be shown of the answer."""
+
+    prompt: str
+    sampling: SamplingOptions
+    stop: tuple[str, ...] = ()
+    is_chat: bool | None = None  # None: if the model has a template
+    ignore_eos: bool = False
+    is_streamed: bool = True
+
+
+@click.command("generate")
+@click.argument("prompt", required=False)
+@use_options
+@client_options
+@sampling_options(max_new_tokens=128, temperature=0.0, top_p=1.0)
+@option("--stop", metavar="TEXT", multiple=True, help="End before this text; may be repeated.")
+@option(
+    "--chat/--raw",
+    default=None,
+    help="Wrap the prompt as a message in the model's chat template, or continue it as it is.  "
+    "[default: --chat if the model has a template]",
+)
+@option("--ignore-eos", is_flag=True, help="Go on when the model wants to end.")
+@option("--show-route", is_flag=True, help="Say which servers answered, and how fast.")
+@option("--json", "as_object", is_flag=True, help="Print one JSON object at the end, only.")
+@common_options
+@click.pass_context
+def command(
+    ctx: click.Context,
+    prompt: str | None,
+    use: UseOptions,
+    network: ClientOptions,
+    sampling: SamplingOptions,
+    stop: tuple[str, ...],
+    chat: bool | None,
+    ignore_eos: bool,
+    show_route: bool,
+    as_object: bool,
+) -> None:
+    """Generate text with a model of the swarm.
+
+    PROMPT is the text to answer or to continue; "-" reads it from standard input. The answer is
+    printed as it comes.
+
+    \b
+    Examples:
+      p2pllm generate --peers HOST:PORT "What is a swarm?"
+      p2pllm generate --peers HOST:PORT --raw "The capital of France is" --max-new-tokens 8
+      p2pllm generate --peers HOST:PORT --json - < question.txt
+    """
+    config = asking_node(ctx, network, client_settings(use))
+    question = Question(
+        _prompt(ctx, prompt), sampling, stop, chat, ignore_eos, is_streamed=not as_object
+    )
+    result = run(_generate(config, network, use, question))
+    if as_object:
+        click.echo(json.dumps(as_json(result)))
+    if show_route:
+        tell_route(result)
+
+
+def _prompt(ctx: click.Context, prompt: str | None) -> str:
+    if prompt is None and sys.stdin.isatty():
+        raise click.UsageError('no PROMPT: give a text in quotes, or "-" for standard input', ctx)
+    text = prompt
+    if text is None or text == "-":
+        text = sys.stdin.read()
+    if not text:
+        raise click.UsageError("the PROMPT is empty", ctx)
+    return text
+
+
+async def _generate(
+    config: NodeConfig, network: ClientOptions, use: UseOptions, question: Question
+) -> "GenerationResult":
+    with Activity() as activity:
+        async with swarm_model(config, network, use, activity) as model:
+            activity.say("waiting for the first token")
+            return await answer(model, question, activity)
+
+
+async def answer(model: "SwarmModel", question: Question, activity: Activity) -> "GenerationResult":
+    """Generate, and print the text as it comes."""
+    is_chat = has_chat_template(model) if question.is_chat is None else question.is_chat
+    prompt = [{"role": "user", "content": question.prompt}] if is_chat else question.prompt
+    generation = model.generate(
+        prompt,
+        stop=question.stop,
+        ignore_eos=question.ignore_eos,
+        **generate_options(question.sampling),
+    )
+    is_terminal = sys.stdout.isatty()
+    try:
+        async with generation:
+            async for piece in generation:
+                activity.clear()
+                if question.is_streamed:
+                    click.echo(printable(piece) if is_terminal else piece, nl=False)
+    finally:
+        activity.clear()
+        if question.is_streamed:
+            click.echo()
+    (result,) = generation.results()
+    return result

@@ -1,0 +1,122 @@
+"""From options to what a node is made of: its configuration, its identity, its ready file."""
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+import click
+
+from p2pllm.addresses import Address
+from p2pllm.cli.options import ClientOptions, NodeOptions, chosen_peers
+from p2pllm.config import ClientConfig, DhtConfig, NetConfig, NodeConfig, ServerConfig
+from p2pllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from p2pllm.identity import Identity
+    from p2pllm.spans import Span
+    from p2pllm.swarm.node import Node
+
+
+def listening_node(
+    ctx: click.Context, options: NodeOptions, server: ServerConfig | None = None
+) -> NodeConfig:
+    """The configuration of a server or bootstrap node."""
+    host, port = options.listen
+    net = NetConfig(
+        network_id=options.swarm,
+        listen_host=host,
+        listen_port=port,
+        announce=tuple(address for group in options.announce for address in group),
+        shaper=options.shape,
+    )
+    if options.new_swarm and options.peers:
+        raise click.UsageError("--new-swarm begins a swarm and --peers joins one: give one", ctx)
+    peers = () if options.new_swarm else tuple(chosen_peers(ctx, options.peers))
+    # A new swarm must not find back to an old one of that name; a node on any free port leaves
+    # nothing behind.
+    is_kept = port and not options.new_swarm
+    table = str(_cache_path() / "tables" / f"{_place(options)}.table") if is_kept else ""
+    return NodeConfig(net, DhtConfig(), peers, table, server or ServerConfig())
+
+
+def asking_node(
+    ctx: click.Context, options: ClientOptions, client: ClientConfig | None = None
+) -> NodeConfig:
+    """The configuration of a client."""
+    net = NetConfig(network_id=options.swarm, is_listening=False, shaper=options.shape)
+    peers = tuple(chosen_peers(ctx, options.peers))
+    return NodeConfig(net, DhtConfig(is_client=True), peers, client=client or ClientConfig())
+
+
+def identity_of(options: NodeOptions | ClientOptions) -> "Identity":
+    """The node's key: from the file given, from its own place, or new.
+
+    Two nodes at once must not share a key. A listening address belongs to one process of a
+    computer, and the file's name has both (home directories may be shared between computers).
+    """
+    from p2pllm.identity import Identity
+
+    if options.identity is not None:
+        return Identity.load_or_create(options.identity)
+    if isinstance(options, NodeOptions) and options.listen[1]:
+        return Identity.load_or_create(_data_path() / "identities" / f"{_place(options)}.key")
+    return Identity.generate()
+
+
+def prepare_ready_file(path: Path | None) -> None:
+    """Take away what an earlier run left, so that nobody takes it for this one's."""
+    if path is None:
+        return
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as exc:
+        raise ConfigError(f"cannot write the ready file {path}: {exc.strerror}") from exc
+
+
+def write_ready_file(
+    path: Path | None, node: "Node", model: str | None = None, blocks: "Span | None" = None
+) -> None:
+    """Say, as JSON in a file that appears whole, that the node is ready."""
+    if path is None:
+        return
+    content = {
+        "peer_id": str(node.peer_id),
+        "addresses": [str(address) for address in node.addresses],
+        "model": model,
+        "blocks": None if blocks is None else str(blocks),
+    }
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            file.write(json.dumps(content) + "\n")
+        os.replace(file.name, path)
+    except OSError as exc:
+        raise ConfigError(f"cannot write the ready file {path}: {exc.strerror}") from exc
+
+
+def join_line(addresses: Sequence[Address], swarm: str) -> str:
+    """What to give other commands so that they come here."""
+    named = "" if swarm == NetConfig().network_id else f"--swarm {swarm} "
+    return named + "--peers " + ",".join(str(address) for address in addresses)
+
+
+def _place(options: NodeOptions) -> str:
+    """A file name for what belongs to this swarm, computer and listening address."""
+    host, port = options.listen
+    return quote(f"{options.swarm}-{platform.node()}-{host}-{port}", safe="")
+
+
+def _cache_path() -> Path:
+    from p2pllm.model.hub import cache_directory
+
+    return cache_directory()
+
+
+def _data_path() -> Path:
+    import platformdirs
+
+    return platformdirs.user_data_path("p2pllm")

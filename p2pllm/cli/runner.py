@@ -1,0 +1,185 @@
+"""Event loops for commands, and what signals mean to them.
+
+`run` is for commands that end by themselves: Ctrl-C and SIGTERM cancel them, so that sessions are
+freed on the way out. `serve_until_stopped` is for nodes, which end when they are told to.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from types import FrameType
+from typing import Any, TypeVar
+
+import click
+
+from p2pllm.cli.errors import TERMINATED
+
+T = TypeVar("T")
+
+STOP_WITHIN_S = 2.5  # after a signal; a device that computes cannot be interrupted
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run it to its end. Raises KeyboardInterrupt after Ctrl-C, click's Exit after SIGTERM."""
+    is_terminated = False
+
+    async def supervised() -> T:
+        nonlocal is_terminated
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+
+        def terminate() -> None:
+            nonlocal is_terminated
+            is_terminated = True
+            task.cancel()
+
+        with _restored(signal.SIGTERM, _HANGUP):
+            _install(loop, terminate, signal.SIGTERM, _HANGUP)
+            return await main
+
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(supervised())
+    except asyncio.CancelledError:
+        if not is_terminated:
+            raise
+        raise click.exceptions.Exit(TERMINATED) from None
+
+
+def serve_until_stopped(main: Coroutine[Any, Any, None]) -> None:
+    """Run it until SIGINT or SIGTERM, which cancel it; further signals change nothing.
+
+    Should leaving take longer than `STOP_WITHIN_S`, the process ends without it.
+    """
+    is_stopped = False
+
+    async def supervised() -> None:
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+
+        def stop() -> None:
+            nonlocal is_stopped
+            if not is_stopped:
+                is_stopped = True
+                _exit_after(STOP_WITHIN_S)
+                task.cancel()
+
+        # Left in place when the loop is closed: a second signal may come as late as that.
+        _install(loop, stop, signal.SIGINT, signal.SIGTERM, _HANGUP)
+        await main
+
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(supervised())
+    except asyncio.CancelledError:
+        if not is_stopped:
+            raise
+
+
+@contextlib.contextmanager
+def exit_when_terminated() -> Iterator[None]:
+    """SIGTERM and a closed terminal raise click's Exit here, so that clean-up is not left out."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise click.exceptions.Exit(TERMINATED)
+
+    with _restored(signal.SIGTERM, _HANGUP):
+        _handle(leave, signal.SIGTERM, _HANGUP)
+        yield
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C is ignored meanwhile: for clean-up that is short and must not be left half done."""
+    with _restored(signal.SIGINT):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        yield
+
+
+class LoopThread:
+    """An event loop in a thread of its own, while the main thread reads lines from a person."""
+
+    def __init__(self) -> None:
+        self._loop = (_loop_factory() or asyncio.new_event_loop)()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="p2pllm", daemon=True)
+
+    def __enter__(self) -> "LoopThread":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def run(self, main: Coroutine[Any, Any, T]) -> T:
+        """Run it there and wait; Ctrl-C here cancels it, waits for its end, and goes on."""
+        ended: Future[None] = Future()
+
+        async def marked() -> T:
+            try:
+                return await main
+            finally:
+                ended.set_result(None)
+
+        future = asyncio.run_coroutine_threadsafe(marked(), self._loop)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            ended.result()
+            raise
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's, where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+_HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal was closed; not on Windows
+
+
+def _install(
+    loop: asyncio.AbstractEventLoop, call: Callable[[], None], *signals: signal.Signals
+) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: there is nothing to stop
+            loop.call_soon_threadsafe(call)
+
+    _handle(on_signal, *signals)
+
+
+def _handle(handler: Callable[[int, FrameType | None], None], *signals: signal.Signals) -> None:
+    for number in signals:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` sets it
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _restored(*signals: signal.Signals) -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit_after(seconds: float) -> None:
+    def leave() -> None:
+        sys.stdout.flush()
+        os._exit(0)
+
+    timer = threading.Timer(seconds, leave)
+    timer.daemon = True
+    timer.start()

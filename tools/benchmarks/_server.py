@@ -1,0 +1,112 @@
+"""One server in a process of its own, as benchmarks need it: real blocks, or identities.
+
+    python _server.py SPAN DTYPE KIND [PEER]      KIND: real or identity
+
+Prints one line with its address when it serves, and ends when its standard input closes.
+With KIND identity the blocks return what they are given and everything else is real: what is then
+left of a step's time is what the software costs per hop.
+"""
+
+import asyncio
+import sys
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from p2pllm.addresses import parse_many
+from p2pllm.config import DhtConfig, NetConfig, NodeConfig, ServerConfig
+from p2pllm.identity import Identity
+from p2pllm.ids import ModelId
+from p2pllm.model.checkpoint import Checkpoint, open_checkpoint
+from p2pllm.model.config import ModelConfig
+from p2pllm.model.device import choose_device, choose_dtype
+from p2pllm.model.hub import DEFAULT_MODEL, resolve_model
+from p2pllm.model.kv_cache import KVCache, Rows
+from p2pllm.model.span_model import SpanCompute
+from p2pllm.net.tcp import TcpNetwork
+from p2pllm.server.server import CheckpointSource, Choice, LoadProgress, Server
+from p2pllm.spans import Span
+
+# Everything is on one host, which real swarms do not allow to fill a routing table.
+LAB_DHT = DhtConfig(max_per_group_in_bucket=0, max_per_group_in_table=0)
+
+
+class IdentitySpan:
+    """Blocks that do nothing; the cache is a real one of one block, and stays empty."""
+
+    def __init__(self, config: ModelConfig, span: Span, dtype_name: str) -> None:
+        self.config = config
+        self.span = span
+        self.device = choose_device("cpu")
+        self.dtype = choose_dtype(dtype_name, self.device)
+
+    def make_cache(self, num_pages: int, page_tokens: int) -> KVCache:
+        return KVCache(
+            self.config,
+            num_blocks=1,
+            num_pages=num_pages,
+            page_tokens=page_tokens,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def forward(
+        self, hidden: Tensor, rows: Rows, cache: KVCache, span: Span | None = None
+    ) -> Tensor:
+        return hidden.clone()
+
+
+@dataclass(frozen=True)
+class IdentitySource:
+    """A checkpoint's identity without its blocks."""
+
+    checkpoint: Checkpoint
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.checkpoint.config
+
+    @property
+    def model_id(self) -> ModelId:
+        return self.checkpoint.model_id
+
+    @property
+    def block_parameters(self) -> int:
+        return self.checkpoint.block_parameters
+
+    def load_span(
+        self, span: Span, settings: ServerConfig, on_progress: LoadProgress | None
+    ) -> SpanCompute:
+        return IdentitySpan(self.config, span, settings.dtype)
+
+
+async def serve(span: Span, dtype: str, kind: str, peers: list[str]) -> None:
+    checkpoint = open_checkpoint(resolve_model(), DEFAULT_MODEL)
+    source = IdentitySource(checkpoint) if kind == "identity" else CheckpointSource(checkpoint)
+    config = NodeConfig(
+        net=NetConfig(network_id="bench", listen_host="127.0.0.1", listen_port=0),
+        dht=LAB_DHT,
+        peers=parse_many(peers),
+        server=ServerConfig(dtype=dtype, cache_tokens=16_384),
+    )
+    async with Server.open(
+        config, Identity.generate(), source, Choice(span), network=TcpNetwork()
+    ) as server:
+        print(server.node.addresses[0], flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+
+
+def main() -> None:
+    span, dtype, kind, *peers = sys.argv[1:]
+    try:
+        import uvloop
+
+        loop_factory = uvloop.new_event_loop
+    except ImportError:
+        loop_factory = None
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(serve(Span.parse(span), dtype, kind, peers))
+
+
+if __name__ == "__main__":
+    main()
