@@ -58,7 +58,6 @@ class NetConfig:
     ping_after_silence_s: float = 1.0  # while requests are pending
     suspect_min_s: float = 1.0  # without any byte after a ping; or 4 × RTT
     dead_s: float = 15.0
-    request_timeout_s: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch is imported when a swarm is connected, not before
     from torch import Tensor
 
     from p2pllm.client.client import Swarm
-    from p2pllm.client.model import Session, SwarmModel
+    from p2pllm.client.model import Prompt, Session, SwarmModel
     from p2pllm.client.results import GenerationResult
 
 T = TypeVar("T")
@@ -116,7 +116,7 @@ class SyncModel:
         self._model = model
         self._portal = portal
 
-    def generate(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
+    def generate(self, prompt: "Prompt", **options: Any) -> Iterator[str]:
         """Generate text piece by piece; leaving the loop early frees the servers' memory."""
         generation = self._model.generate(prompt, **options)
         try:
@@ -126,7 +126,7 @@ class SyncModel:
             self._portal.call(generation.aclose())
 
     def generate_batch(
-        self, prompts: Sequence[str | Sequence[int]], **options: Any
+        self, prompts: "Sequence[Prompt]", **options: Any
     ) -> list["GenerationResult"]:
         """Generate for several prompts at once."""
         return self._portal.call(self._model.generate_batch(prompts, **options))

@@ -33,7 +33,8 @@ IO = {
     "clock", "net/tcp", "net/memory", "net/shaper", "net/endpoint", "net/rpc",
     "model/hub", "model/executor", "dht/node", "swarm/tracker", "swarm/node",
     "server/worker", "server/throughput", "server/handlers", "server/announcer", "server/server",
-    "client/session", "client/exchange", "client/tasks", "client/generate", "client/model", "client/client",
+    "client/session", "client/exchange", "client/tasks", "client/generate", "client/model",
+    "client/client",
     "sync", "sim", "cli",
 }  # fmt: skip
 TORCH = {

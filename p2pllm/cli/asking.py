@@ -8,7 +8,6 @@ from p2pllm.cli.nodes import identity_of
 from p2pllm.cli.options import ClientOptions, SamplingOptions, UseOptions
 from p2pllm.cli.terminal import Activity, milliseconds, tell
 from p2pllm.config import ClientConfig, NodeConfig
-from p2pllm.spans import Span
 
 if TYPE_CHECKING:
     from p2pllm.client.model import SwarmModel
@@ -43,9 +42,8 @@ async def swarm_model(
         missing = model.tracker.view().missing()
         if missing and use.patience:
             spans = ", ".join(str(span) for span in missing)
-            if missing == (Span(0, model.config.num_blocks),):
-                spans = "any block"
-            tell(f"no server for {spans} of {model.model_id} yet; waiting {use.patience:g} s")
+            activity.clear()
+            tell(f"no server for blocks {spans} of {model.model_id}; waiting {use.patience:g} s")
         yield model
 
 

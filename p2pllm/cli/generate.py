@@ -128,16 +128,16 @@ async def answer(model: "SwarmModel", question: Question, activity: Activity) ->
         ignore_eos=question.ignore_eos,
         **generate_options(question.sampling),
     )
-    is_terminal = sys.stdout.isatty()
+    is_terminal, is_begun = sys.stdout.isatty(), False
     try:
         async with generation:
             async for piece in generation:
                 activity.clear()
                 if question.is_streamed:
                     click.echo(printable(piece) if is_terminal else piece, nl=False)
+                    is_begun = True
     finally:
-        activity.clear()
-        if question.is_streamed:
+        if is_begun:
             click.echo()
     (result,) = generation.results()
     return result

@@ -5,12 +5,12 @@ Two kinds of source give tensors under Hugging Face names: a directory with safe
 the embedding, the final norm and the head; nothing else is touched.
 
 **Identity.** All who hold the same source must compute the same ModelId, also those who have
-downloaded two shards of thirty: so it depends on what everyone has, and on no tensor's data. It
-hashes the config, the names, shapes and types of the tensors that the model uses, and the
-tokenizer with its chat template. Names come from the source's index, and all that the model needs
-must be there; shapes follow from the config, and each tensor's real shape is compared when it is
-read; types are those of the GGUF file, or the one that `config.json` declares. It does not
-tell apart fine-tunes that share all of this and differ in values only.
+downloaded two shards of thirty: so it depends on what everyone has. It hashes the config, the
+names, shapes and types of the tensors that the model uses, the tokenizer with its chat template,
+and, where the weights are one file, a few bytes of each tensor. Names come from the source's
+index, and all that the model needs must be there; shapes follow from the config, and each tensor's
+real shape is compared when it is read; types are those of the GGUF file, or the one that
+`config.json` declares. Sharded fine-tunes that differ in values only are not told apart.
 """
 
 import hashlib
@@ -46,6 +46,9 @@ class TensorSource(Protocol):
     @property
     def types(self) -> Mapping[str, str]:
         """The type of every tensor of the whole model, whether it is here or not."""
+
+    def sample(self) -> bytes:
+        """A digest of some bytes of each tensor; empty where not everybody has all of them."""
 
     def read(self, name: str) -> Tensor:
         """One tensor, in any float type; raises CheckpointError naming file and tensor."""
@@ -85,7 +88,7 @@ class Checkpoint:
 
     @cached_property
     def model_id(self) -> ModelId:
-        """The model's identity; reads no tensor."""
+        """The model's identity; reads no whole tensor."""
         types = self._source.types
         index = {name: [types[name], list(shape)] for name, shape in self._shapes.items()}
         # Fields that a later version adds are absent from today's models: None or False. They
@@ -96,6 +99,7 @@ class Checkpoint:
             "config": config,
             "tensors": index,
             "tokenizer": self._source.tokenizer_hash().hex(),
+            "sample": self._source.sample().hex(),
         }
         text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         return ModelId(hashlib.sha256(text.encode()).digest(), self._name)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from p2pllm.errors import CheckpointError
 from p2pllm.model.config import ModelConfig, RopeKind
+from p2pllm.model.files import sample
 from p2pllm.model.gguf import GgufFile
 from p2pllm.model.gguf_tokenizer import build_tokenizer, eos_ids, hash_tokenizer
 from p2pllm.model.tokenizer import Tokenizer
@@ -68,6 +69,13 @@ class GgufLlama:
     def types(self) -> Mapping[str, str]:
         """Types of all tensors, by their HF names."""
         return {hf: self._file.tensors[name].type.name for hf, name in self._names.items()}
+
+    def sample(self) -> bytes:
+        """A digest of bytes of all tensors."""
+        entries = {hf: self._file.tensors[name] for hf, name in self._names.items()}
+        return sample(
+            self.path, {hf: (e.start, e.start + e.num_bytes) for hf, e in entries.items()}
+        )
 
     def read(self, name: str) -> Tensor:
         """The tensor of that HF name, in float32."""

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from p2pllm.errors import CheckpointError
 from p2pllm.model.config import ModelConfig
-from p2pllm.model.files import INDEX, SINGLE, read_index, read_json
+from p2pllm.model.files import (
+    INDEX,
+    SINGLE,
+    read_index,
+    read_json,
+    safetensors_places,
+    sample,
+)
 from p2pllm.model.tokenizer import Tokenizer, hash_directory, load_tokenizer
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -46,6 +53,11 @@ class HfDirectory:
         all servers must see the same.
         """
         return dict.fromkeys(self._shards, self._declared_type)
+
+    def sample(self) -> bytes:
+        """A digest of bytes of all tensors; empty for shards, which not everyone has."""
+        path = self.path / SINGLE
+        return sample(path, safetensors_places(path)) if path.is_file() else b""
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name, in the file's type and perhaps a view of the file."""

@@ -44,7 +44,7 @@ class _End:
 class SimNetwork:
     """Hosts by address, the lines between them, and their faults; deterministic by `seed`."""
 
-    def __init__(self, line: ShaperConfig = ShaperConfig(), *, seed: int = 0) -> None:  # noqa: B008
+    def __init__(self, line: ShaperConfig = ShaperConfig(), *, seed: int = 0) -> None:
         self._rng = random.Random(seed)
         self._line = line
         self._lines: dict[frozenset[str], ShaperConfig] = {}

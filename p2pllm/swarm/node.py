@@ -18,12 +18,18 @@ from p2pllm.addresses import Address
 from p2pllm.clock import Clock, SystemClock
 from p2pllm.config import NodeConfig
 from p2pllm.dht.node import DhtNode
-from p2pllm.errors import P2PLLMError, PeerUnreachable, RemoteProtocolError, TransportError
+from p2pllm.errors import (
+    LookupFailed,
+    P2PLLMError,
+    PeerUnreachable,
+    RemoteProtocolError,
+    TransportError,
+)
 from p2pllm.identity import Identity
 from p2pllm.ids import PeerId
 from p2pllm.net.endpoint import Endpoint
-from p2pllm.net.link import Network
 from p2pllm.net.frames import Priority
+from p2pllm.net.link import Network
 from p2pllm.net.rpc import Request
 from p2pllm.wire.messages import FindNode, FindValue, Message, Store
 from p2pllm.wire.records import PeerRecord
@@ -56,7 +62,10 @@ class Node:
         """Open the listening port; nothing runs yet. Raises TransportError if it is taken."""
 
         async def resolve(peer: PeerId) -> PeerRecord | None:
-            return await dht.find_peer(peer)
+            try:
+                return await dht.find_peer(peer)
+            except LookupFailed:  # nobody to ask, as before joining
+                return None
 
         endpoint = await Endpoint.bind(config.net, identity, network, resolve=resolve)
         dht = DhtNode(

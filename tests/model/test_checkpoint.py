@@ -46,15 +46,27 @@ def test_a_tied_head_is_not_read(tiny: Tiny, tmp_path: Path) -> None:
 # --- identity ---------------------------------------------------------------------------------
 
 
-def test_the_identity_is_the_same_from_one_file_from_shards_and_from_some_of_them(
+def test_the_identity_is_the_same_from_all_shards_and_from_some_of_them(
     tiny: Tiny, tmp_path: Path
 ) -> None:
-    single = open_checkpoint(tiny.write_hf(tmp_path / "single"))
-    sharded = open_checkpoint(tiny.write_hf(tmp_path / "sharded", num_shards=3))
+    whole = open_checkpoint(tiny.write_hf(tmp_path / "whole", num_shards=3))
     partial = tiny.write_hf(tmp_path / "partial", num_shards=3)
     for number in (0, 1, 2):
         (partial / f"model-{number}.safetensors").unlink()
-    assert single.model_id == sharded.model_id == open_checkpoint(partial).model_id
+    assert whole.model_id == open_checkpoint(partial).model_id
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+def test_a_fine_tune_in_one_file_is_another_model(tiny: Tiny, tmp_path: Path, kind: str) -> None:
+    ids = set()
+    for number, change in enumerate((0.0, 0.0, 1e-3)):
+        tiny.weights["model.norm.weight"] += change
+        if kind == "hf":
+            path = tiny.write_hf(tmp_path / str(number))
+        else:
+            path = tiny.write_gguf(tmp_path / f"{number}.gguf")
+        ids.add(open_checkpoint(path).model_id)
+    assert len(ids) == 2
 
 
 def test_names_of_a_model_are_for_people_only(tiny: Tiny, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_its_config_is_that_of_smollm2(checkpoint: Checkpoint) -> None:
 def test_its_identity_never_changes(checkpoint: Checkpoint) -> None:
     # Servers and clients of all versions must agree on it, or they do not find each other.
     assert checkpoint.model_id.digest.hex() == (
-        "63d03ebf555e8f48884db2938010cdf2bee671dabf56c82dda9adea9311986ee"
+        "e1ad52583462a8d90437f9a66eec5d6943af6f0a2a56f35527ad41934f0c3408"
     )
     assert checkpoint.model_id.name == "smollm2-135m"
 

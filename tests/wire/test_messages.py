@@ -176,7 +176,7 @@ def test_version_0_is_refused() -> None:
 
 
 def grown(value: object) -> object:
-    """Every nested array but those of equal items with two more entries."""
+    """An array of fields, or each one in an array of such, with two more entries."""
     if isinstance(value, list) and value and not isinstance(value[0], list):
         return [*value, "new", {"a": [None]}]
     return [grown(item) for item in value] if isinstance(value, list) else value
@@ -206,7 +206,12 @@ def test_nested_values_must_have_the_items_without_defaults() -> None:
     example = examples()[11]
     body = body_of(example)
 
-    for changes in ({"rows": [body["rows"][0][:4]]}, {"timings": [[0.1, 0.2]]}, {"rows": [[]]}):
+    too_short: list[dict[str, object]] = [
+        {"rows": [body["rows"][0][:4]]},
+        {"timings": [[0.1, 0.2]]},
+        {"rows": [[]]},
+    ]
+    for changes in too_short:
         with pytest.raises(CodecError):
             decode_message(with_body(example, body | changes))
 
