@@ -190,7 +190,7 @@ class KVCache:
         q = q.reshape(-1, self._group, width)  # (Hkv · B, group, d)
         scores = torch.baddbmm(bucket.bias, q, keys.transpose(1, 2), alpha=self._scale)
         out = torch.bmm(scores.softmax(-1), values)  # (Hkv · B, group, d)
-        out = out.view(self._kv_heads, num_rows, self._group * width)
+        out = out.reshape(self._kv_heads, num_rows, self._group * width)
         return out.transpose(0, 1).reshape(num_rows, num_queries * width)
 
     def _attend_chunk(self, storage: Tensor, queries: Tensor, chunk: Chunk) -> Tensor:
@@ -207,7 +207,7 @@ class KVCache:
             out = F.scaled_dot_product_attention(
                 q[None], keys[None], values[None], attn_mask=chunk.bias, scale=self._scale
             )
-        out = out.view(num_queries, num_tokens, width)
+        out = out.reshape(num_queries, num_tokens, width)  # kernels differ in their layout
         return out.transpose(0, 1).reshape(num_tokens, num_queries * width)
 
     def _read(self, storage: Tensor, where: Run | Gather) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,10 @@
 """Our blocks against the reference implementation in `transformers`, with random weights.
 
-Caches have scattered pages unless a test says otherwise: that is the harder case.
+Caches have scattered pages unless a test says otherwise: that is the harder case. On a computer
+with a GPU, P2PLLM_TEST_DEVICE=cuda runs our side there (the reference stays on the CPU).
 """
 
+import os
 import random
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -19,6 +21,7 @@ from p2pllm.model.kv_cache import CacheRow, KVCache
 from p2pllm.model.span_model import SpanModel, finite_rows
 from p2pllm.spans import Span
 
+DEVICE = os.environ.get("P2PLLM_TEST_DEVICE", "cpu")
 PAGE = 8  # tokens: small, so that short sequences have many pages
 NUM_PAGES = 64
 LENGTH = 45
@@ -66,7 +69,7 @@ class Model:
                 parameter.copy_(torch.randn_like(parameter) * 0.1 + 1.0 * (parameter == 1.0))
         self.config = ModelConfig.from_hf(hf_config.to_dict())
         self.state: dict[str, Tensor] = self.reference.state_dict()
-        self.edges = Edges.load(self.config, self.state, dtype=torch.float32)
+        self.edges = Edges.load(self.config, self.state, dtype=torch.float32, device=DEVICE)
         self.blocks = self.span_model(Span(0, self.config.num_blocks))
 
     def block_weights(self, span: Span) -> Iterator[dict[str, Tensor]]:
@@ -75,7 +78,8 @@ class Model:
             yield {k.removeprefix(prefix): v for k, v in self.state.items() if k.startswith(prefix)}
 
     def span_model(self, span: Span, dtype: torch.dtype = torch.float32) -> SpanModel:
-        return SpanModel.load(self.config, span, self.block_weights(span), dtype=dtype)
+        weights = self.block_weights(span)
+        return SpanModel.load(self.config, span, weights, dtype=dtype, device=DEVICE)
 
     def reference_outputs(self, ids: Tensor) -> tuple[list[Tensor], Tensor]:
         """Hidden states before each block and after the last (no final norm), and logits."""
@@ -116,6 +120,7 @@ def scattered(num_sequences: int) -> list[tuple[int, ...]]:
 
 def assert_close(ours: Tensor, reference: Tensor) -> None:
     """Within 1e-5 of the output's scale."""
+    ours, reference = ours.cpu(), reference.cpu()
     assert ours.shape == reference.shape
     assert float((ours - reference).abs().max()) <= 1e-5 * float(reference.abs().max())
 
@@ -232,7 +237,7 @@ def test_nan_of_one_row_does_not_reach_its_neighbours(llama: Model) -> None:
     cache = llama.blocks.make_cache(NUM_PAGES, PAGE)
     expected = llama.reference_outputs(ids)[0][-1]
     embedded = llama.edges.embed(ids)
-    poison = torch.full((7, llama.config.hidden_size), torch.nan)
+    poison = torch.full((7, llama.config.hidden_size), torch.nan, device=DEVICE)
     rows = [CacheRow(theirs, 0, 7), CacheRow(mine, 0, 9)]
     out = llama.blocks.forward(torch.cat([poison, embedded[:9]]), rows, cache)
     assert finite_rows(out, rows) == [False, True]
@@ -269,7 +274,7 @@ def test_bfloat16_stays_close_to_float32(llama: Model) -> None:
     )
     expected = llama.reference_outputs(ids)[0][-1]
     assert out.dtype is torch.bfloat16
-    assert float((out.float() - expected).norm() / expected.norm()) < 0.02
+    assert float((out.cpu().float() - expected).norm() / expected.norm()) < 0.02
 
 
 def test_hidden_states_that_do_not_fit_are_refused(llama: Model) -> None:
