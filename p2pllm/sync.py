@@ -12,10 +12,11 @@ one coroutine there and waits for it. Ctrl-C in the waiting thread cancels that 
 """
 
 import asyncio
-import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from p2pllm.loops import LoopThread
 
 if TYPE_CHECKING:  # torch is imported when a swarm is connected, not before
     from torch import Tensor
@@ -27,36 +28,14 @@ if TYPE_CHECKING:  # torch is imported when a swarm is connected, not before
 T = TypeVar("T")
 
 
-class _Portal:
-    """An event loop in a thread, and the way into it."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="p2pllm", daemon=True)
-
-    def __enter__(self) -> "_Portal":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine there; an exception here (Ctrl-C) cancels it and waits for its end."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+class _Portal(LoopThread):
+    """The loop's thread, with a way to hold async context managers open in it."""
 
     @contextmanager
     def inside(self, make: Callable[[], AbstractAsyncContextManager[T]]) -> Iterator[T]:
         """Hold an async context manager open in one task of the loop, entered and left there."""
-        entered: asyncio.Future[T] = self.call(_new_future())
-        leave: asyncio.Event = self.call(_new_event())
+        entered: asyncio.Future[T] = self.run(_new_future())
+        leave: asyncio.Event = self.run(_new_event())
 
         async def hold() -> None:
             try:
@@ -70,7 +49,7 @@ class _Portal:
 
         holding = asyncio.run_coroutine_threadsafe(hold(), self._loop)
         try:
-            yield self.call(_wait_for(entered))
+            yield self.run(_wait_for(entered))
         finally:
             self._loop.call_soon_threadsafe(leave.set)
             holding.result()
@@ -106,7 +85,7 @@ class SyncSwarm:
 
     def model(self, name: str | None = None, **options: Any) -> "SyncModel":
         """A model of the swarm; the default model if no name is given."""
-        return SyncModel(self._portal.call(self._swarm.model(name, **options)), self._portal)
+        return SyncModel(self._portal.run(self._swarm.model(name, **options)), self._portal)
 
 
 class SyncModel:
@@ -120,20 +99,20 @@ class SyncModel:
         """Generate text piece by piece; leaving the loop early frees the servers' memory."""
         generation = self._model.generate(prompt, **options)
         try:
-            while (piece := self._portal.call(_next(generation))) is not None:
+            while (piece := self._portal.run(_next(generation))) is not None:
                 yield piece
         finally:
-            self._portal.call(generation.aclose())
+            self._portal.run(generation.aclose())
 
     def generate_batch(
         self, prompts: "Sequence[Prompt]", **options: Any
     ) -> list["GenerationResult"]:
         """Generate for several prompts at once."""
-        return self._portal.call(self._model.generate_batch(prompts, **options))
+        return self._portal.run(self._model.generate_batch(prompts, **options))
 
     def forward(self, token_ids: Sequence[int]) -> "Tensor":
         """Logits (T, V) of a token sequence."""
-        return self._portal.call(self._model.forward(token_ids))
+        return self._portal.run(self._model.forward(token_ids))
 
     @contextmanager
     def session(self, **options: Any) -> Iterator["SyncSession"]:
@@ -156,7 +135,7 @@ class SyncSession:
 
     def step(self, token_ids: Sequence[int]) -> "Tensor":
         """Logits (T, V) of the next tokens."""
-        return self._portal.call(self._session.step(token_ids))
+        return self._portal.run(self._session.step(token_ids))
 
     def rollback(self, position: int) -> None:
         """Forget all tokens from `position` on."""

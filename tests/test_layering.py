@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent / "p2pllm"
 LAYERS = [
     {"errors", "version"},
     {"ids", "spans", "clock", "metrics"},
-    {"addresses"},
+    {"addresses", "loops"},
     {"config"},
     {"identity", "wire"},
     {"net", "model"},
@@ -30,7 +30,7 @@ LAYERS = [
     {"__main__"},
 ]
 IO = {
-    "clock", "net/tcp", "net/memory", "net/shaper", "net/endpoint", "net/rpc",
+    "clock", "loops", "net/tcp", "net/memory", "net/shaper", "net/endpoint", "net/rpc",
     "model/hub", "model/executor", "dht/node", "swarm/tracker", "swarm/node",
     "server/worker", "server/throughput", "server/handlers", "server/announcer", "server/server",
     "client/session", "client/exchange", "client/tasks", "client/generate", "client/model",

@@ -19,10 +19,11 @@ from p2pllm.cli.options import (
     sampling_options,
     use_options,
 )
-from p2pllm.cli.runner import LoopThread, exit_when_terminated
+from p2pllm.cli.runner import exit_when_terminated
 from p2pllm.cli.terminal import Activity, printable, tell
 from p2pllm.config import NodeConfig
 from p2pllm.errors import ConfigError, P2PLLMError, RequestFailed, TransportError
+from p2pllm.loops import LoopThread
 
 if TYPE_CHECKING:
     from p2pllm.client.model import Session, SwarmModel

@@ -11,13 +11,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future
 from types import FrameType
 from typing import Any, TypeVar
 
 import click
 
 from p2pllm.cli.errors import TERMINATED
+from p2pllm.loops import new_event_loop
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
             return await main
 
     try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
             return runner.run(supervised())
     except asyncio.CancelledError:
         if not is_terminated:
@@ -74,7 +74,7 @@ def serve_until_stopped(main: Coroutine[Any, Any, None]) -> None:
         await main
 
     try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(supervised())
     except asyncio.CancelledError:
         if not is_stopped:
@@ -99,51 +99,6 @@ def uninterrupted() -> Iterator[None]:
     with _restored(signal.SIGINT):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         yield
-
-
-class LoopThread:
-    """An event loop in a thread of its own, while the main thread reads lines from a person."""
-
-    def __init__(self) -> None:
-        self._loop = (_loop_factory() or asyncio.new_event_loop)()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="p2pllm", daemon=True)
-
-    def __enter__(self) -> "LoopThread":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def run(self, main: Coroutine[Any, Any, T]) -> T:
-        """Run it there and wait; Ctrl-C here cancels it, waits for its end, and goes on."""
-        ended: Future[None] = Future()
-
-        async def marked() -> T:
-            try:
-                return await main
-            finally:
-                ended.set_result(None)
-
-        future = asyncio.run_coroutine_threadsafe(marked(), self._loop)
-        try:
-            return future.result()
-        except KeyboardInterrupt:
-            future.cancel()
-            ended.result()
-            raise
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's, where it is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
 
 
 _HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal was closed; not on Windows

@@ -68,6 +68,9 @@ PUSH_ID_BYTES = 8
 REPLIES_AHEAD = 4  # of a streaming call, before its reader has taken them
 SEND_AHEAD_BYTES = 256 * 2**10  # of a streaming reply, before its handler has to wait
 WRITES_PER_TURN = 64  # before others on the event loop have a turn
+# uvloop counts whole milliseconds: a nearer timer would fire early, and again and again until the
+# clock has moved on, with the whole loop spinning.
+MIN_TIMER_S = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,6 +414,7 @@ class Channel:
             if self._timer_due <= due:
                 return  # it looks again when it fires: cheaper than a new timer for every frame
             self._timer.cancel()
+        due = max(due, self._loop.time() + MIN_TIMER_S)
         self._timer = self._loop.call_at(due, self._on_timer)
         self._timer_due = due  # uvloop's handles do not say when
 

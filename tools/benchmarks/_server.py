@@ -17,6 +17,7 @@ from p2pllm.addresses import parse_many
 from p2pllm.config import DhtConfig, NetConfig, NodeConfig, ServerConfig
 from p2pllm.identity import Identity
 from p2pllm.ids import ModelId
+from p2pllm.loops import new_event_loop
 from p2pllm.model.checkpoint import Checkpoint, open_checkpoint
 from p2pllm.model.config import ModelConfig
 from p2pllm.model.device import choose_device, choose_dtype
@@ -98,13 +99,7 @@ async def serve(span: Span, dtype: str, kind: str, peers: list[str]) -> None:
 
 def main() -> None:
     span, dtype, kind, *peers = sys.argv[1:]
-    try:
-        import uvloop
-
-        loop_factory = uvloop.new_event_loop
-    except ImportError:
-        loop_factory = None
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(serve(Span.parse(span), dtype, kind, peers))
 
 

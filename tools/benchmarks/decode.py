@@ -73,6 +73,7 @@ def _generate(
 ) -> list[Any]:
     """Results of `rounds` generations by one client, after one that warms up."""
     import p2pllm
+    from p2pllm.loops import new_event_loop
 
     async def generate() -> list[Any]:
         results = []
@@ -87,13 +88,7 @@ def _generate(
                 )
         return results
 
-    try:
-        import uvloop
-
-        loop_factory = uvloop.new_event_loop
-    except ImportError:
-        loop_factory = None
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(generate())
 
 
