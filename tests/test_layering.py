@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent / "p2pllm"
 LAYERS = [
     {"errors", "version"},
     {"ids", "spans", "clock", "metrics"},
-    {"addresses", "loops"},
+    {"addresses", "loops", "tasks"},
     {"config"},
     {"identity", "wire"},
     {"net", "model"},
@@ -30,10 +30,10 @@ LAYERS = [
     {"__main__"},
 ]
 IO = {
-    "clock", "loops", "net/tcp", "net/memory", "net/shaper", "net/endpoint", "net/rpc",
+    "clock", "loops", "tasks", "net/tcp", "net/memory", "net/shaper", "net/endpoint", "net/rpc",
     "model/hub", "model/executor", "dht/node", "swarm/tracker", "swarm/node",
     "server/worker", "server/throughput", "server/handlers", "server/announcer", "server/server",
-    "client/session", "client/exchange", "client/tasks", "client/generate", "client/model",
+    "client/session", "client/exchange", "client/generate", "client/model",
     "client/client",
     "sync", "sim", "cli",
 }  # fmt: skip

@@ -181,7 +181,6 @@ class Conversation:
 
     async def _answer(self) -> str:
         session = await self._session_for_messages()
-        before = session.position
         generation = self.model.generate(
             self.messages, session=session, **generate_options(self.sampling)
         )
@@ -191,8 +190,8 @@ class Conversation:
                     click.echo(printable(piece), nl=False)
             click.echo()
         except asyncio.CancelledError:
-            # A step may be half way through the servers: go back to where all of them are.
-            session.rollback(min(before, session.position))
+            # A step may be half way through the servers, and so they disagree: tell them anew.
+            await self._drop_session()
         (result,) = generation.results()
         return result.text
 

@@ -84,7 +84,6 @@ def command(ctx: click.Context, prompt: str, max_new_tokens: int, dtype: str, st
             run(_ask(config, network, use, Question(prompt, sampling), activity))
             if stay:
                 chat(config, network, use, _for_chat(sampling))
-            tell("stopping the servers")
 
 
 async def _ask(
@@ -115,7 +114,11 @@ def _fetch(activity: Activity) -> None:
         progress=lambda done, total: activity.on_bytes(f"fetching {DEFAULT_MODEL}", done, total)
     )
     activity.clear()
-    tell(f"model     {DEFAULT_MODEL}, in {path}")
+    _tell_place("model", f"{DEFAULT_MODEL}, in {path}")
+
+
+def _tell_place(what: str, where: str) -> None:
+    tell(f"{what:<16}{where}")
 
 
 # --- processes --------------------------------------------------------------------------------
@@ -166,6 +169,8 @@ class _LocalSwarm:
                 swarm._start(dtype, activity)
                 yield swarm
             finally:
+                activity.clear()
+                tell("stopping the servers")
                 with uninterrupted():
                     swarm._stop()
 
@@ -178,7 +183,8 @@ class _LocalSwarm:
         activity.say("starting the bootstrap node")
         bootstrap = self._launch("bootstrap node", ["bootstrap", "--new-swarm"])
         self._peers = self._wait_for([bootstrap], activity)
-        tell(f"bootstrap {self._peers[0].rpartition('@')[2]}")
+        activity.clear()
+        _tell_place("bootstrap node", _without_id(self._peers[0]))
         common = ["--dtype", dtype, "--cache-tokens", str(CACHE_TOKENS)]
         common += ["--peers", ",".join(self._peers)]
         servers = [
@@ -188,7 +194,7 @@ class _LocalSwarm:
         places = self._wait_for(servers, activity)
         activity.clear()
         for server, place in zip(servers, places, strict=True):
-            tell(f"{server.name:<15} {place.rpartition('@')[2]}")
+            _tell_place(server.name, _without_id(place))
 
     def _launch(self, name: str, arguments: Sequence[str]) -> _Node:
         file = self._directory / name.replace(" ", "-").replace(":", "-")
@@ -233,6 +239,10 @@ class _LocalSwarm:
             except subprocess.TimeoutExpired:
                 node.process.kill()
                 node.process.wait()
+
+
+def _without_id(address: str) -> str:
+    return address.rpartition("@")[2]
 
 
 def _environment() -> dict[str, str]:

@@ -73,6 +73,8 @@ def _message(exc: Exception) -> str:
         return exc.format_message()
     if isinstance(exc, P2PLLMError):
         return _with_hint(str(exc) or type(exc).__name__, _hint(exc))
+    if isinstance(exc, OSError) and exc.filename and exc.strerror:
+        return f"{exc.filename}: {exc.strerror}"
     text = f"unexpected {type(exc).__name__}: {exc}".rstrip(": ")
     return _with_hint(text, "run again with -vv to see where, and please report it")
 

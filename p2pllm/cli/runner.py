@@ -42,6 +42,8 @@ def run(main: Coroutine[Any, Any, T]) -> T:
             _install(loop, terminate, signal.SIGTERM, _HANGUP)
             return await main
 
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a script
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             return runner.run(supervised())
@@ -116,7 +118,9 @@ def _install(
 
 def _handle(handler: Callable[[int, FrameType | None], None], *signals: signal.Signals) -> None:
     for number in signals:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` sets it
+        # `nohup` asks to outlive the terminal. That scripts start background jobs with SIGINT
+        # ignored is another matter: who sends one to a node wants it to stop.
+        if number != _HANGUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
 
 

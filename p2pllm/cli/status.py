@@ -13,7 +13,7 @@ from p2pllm.cli.options import ClientOptions, client_options, common_options, op
 from p2pllm.cli.runner import run
 from p2pllm.cli.terminal import Activity, milliseconds
 from p2pllm.config import NodeConfig
-from p2pllm.spans import Span
+from p2pllm.spans import Span, uncovered
 
 if TYPE_CHECKING:
     from p2pllm.swarm.view import ServerView, SwarmView
@@ -66,20 +66,20 @@ def _draw(views: Sequence["SwarmView"]) -> None:
 
     console = Console()
     for view in views:
-        complete = not view.missing()
+        complete = not _missing(view)
         table = Table(title=_title(view), title_justify="left", title_style="bold", box=None)
         table.add_column(f"0 … {view.num_blocks}", no_wrap=True)
         for name in COLUMNS:
             table.add_column(name, justify="right" if name in COLUMNS[5:] else "left")
         for server in _in_order(view):
             bar = Text(_bar(server.span, view.num_blocks), style="green")
-            table.add_row(bar, *map(Text, _cells(server)))
+            table.add_row(bar, *map(Text, _cells(view, server)))
         console.print(table)
         console.print(Text(_summary(view), style="green" if complete else "bold red"))
 
 
 def _plain(view: "SwarmView") -> str:
-    rows = [COLUMNS, *(_cells(server) for server in _in_order(view))]
+    rows = [COLUMNS, *(_cells(view, server) for server in _in_order(view))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -93,13 +93,32 @@ def _title(view: "SwarmView") -> str:
 
 
 def _summary(view: "SwarmView") -> str:
-    missing = view.missing()
+    missing = _missing(view)
     if missing:
-        spans = ", ".join(str(span) for span in missing)
+        spans = ", ".join(missing)
         return f"Nobody serves blocks {spans}: the model cannot answer."
-    fewest = min(len(servers) for servers in view.by_block())
+    fewest = min(
+        sum(not view.is_penalised(server) for server in servers) for servers in view.by_block()
+    )
     servers = "server" if fewest == 1 else "servers"
     return f"All blocks are served, each by {fewest} {servers} or more."
+
+
+def _missing(view: "SwarmView") -> list[str]:
+    """The blocks of which no server is online and answers."""
+    from p2pllm.swarm.announcements import ServerState
+
+    here = (
+        server.span
+        for server in view.servers
+        if server.presence.state is ServerState.ONLINE and not view.is_penalised(server)
+    )
+    return [str(span) for span in uncovered(Span(0, view.num_blocks), here)]
+
+
+def _state(view: "SwarmView", server: "ServerView") -> str:
+    """Its own word, unless it did not answer just now: who is killed says no goodbye."""
+    return "no answer" if view.is_penalised(server) else server.presence.state.name.lower()
 
 
 def _in_order(view: "SwarmView") -> list["ServerView"]:
@@ -115,14 +134,14 @@ def _bar(span: Span, num_blocks: int) -> str:
     )
 
 
-def _cells(server: "ServerView") -> tuple[str, ...]:
+def _cells(view: "SwarmView", server: "ServerView") -> tuple[str, ...]:
     presence = server.presence
     per_token_s = server.seconds_per_block(1) * len(server.span)
     return (
         server.peer_id.short,
         presence.public_name or "-",
         str(server.span),
-        presence.state.name.lower(),
+        _state(view, server),
         presence.numerics.dtype,
         milliseconds(server.rtt_s),
         f"{1 / per_token_s:.1f}",
@@ -139,13 +158,13 @@ def _as_json(view: "SwarmView") -> dict[str, Any]:
         "model": view.model.name,
         "digest": view.model.digest.hex(),
         "num_blocks": view.num_blocks,
-        "missing": [str(span) for span in view.missing()],
+        "missing": _missing(view),
         "servers": [
             {
                 "peer_id": str(server.peer_id),
                 "public_name": server.presence.public_name,
                 "blocks": str(server.span),
-                "state": server.presence.state.name.lower(),
+                "state": _state(view, server),
                 "dtype": server.presence.numerics.dtype,
                 "quantization": server.presence.numerics.quantization,
                 "rtt_s": server.rtt_s,

@@ -26,13 +26,15 @@ from p2pllm.model.checkpoint import open_checkpoint
 from p2pllm.model.config import ModelConfig
 from p2pllm.model.device import choose_device, choose_dtype, wire_dtype_of
 from p2pllm.model.edges import EdgeCompute, Edges
-from p2pllm.model.executor import DeviceThread, Executor
+from p2pllm.model.executor import Executor, executor_or_thread
 from p2pllm.model.hub import DEFAULT_MODEL, resolve_model
 from p2pllm.net.link import Network
 from p2pllm.net.tcp import TcpNetwork
 from p2pllm.swarm.announcements import ModelListing
 from p2pllm.swarm.node import Node
 from p2pllm.swarm.tracker import SwarmTracker, read_models
+from p2pllm.tasks import task_group
+from p2pllm.wire.tensors import TensorCodec
 
 Progress = Callable[[int, int], None]  # bytes fetched, bytes in all
 
@@ -70,7 +72,8 @@ class Swarm:
         self._tasks = tasks
         self._rng = rng
         self._exchange = Exchange(node.endpoint)
-        self._trackers: list[asyncio.Task[None]] = []
+        self._trackers: dict[ModelId, SwarmTracker] = {}
+        self._following: list[asyncio.Task[None]] = []
 
     async def models(self) -> list[ModelListing]:
         """What the swarm's servers say they serve, one entry per server."""
@@ -91,18 +94,21 @@ class Swarm:
     async def use(self, parts: ModelParts) -> SwarmModel:
         """The model of parts that are loaded already."""
         settings = self.node.config.client
-        tracker = SwarmTracker(
-            parts.model_id,
-            parts.config.num_blocks,
-            self.node.dht,
-            self.node.endpoint.ping,
-            settings,
-            self._rng,
-        )
+        tracker = self._trackers.get(parts.model_id)
+        if tracker is None:
+            tracker = self._trackers[parts.model_id] = SwarmTracker(
+                parts.model_id,
+                parts.config.num_blocks,
+                self.node.dht,
+                self.node.endpoint.ping,
+                settings,
+                self._rng,
+            )
+            self._following.append(self._tasks.create_task(tracker.run()))
         await tracker.refresh()
-        self._trackers.append(self._tasks.create_task(tracker.run()))
         return SwarmModel(
             endpoint=self.node.endpoint,
+            tasks=self._tasks,
             exchange=self._exchange,
             model_id=parts.model_id,
             config=parts.config,
@@ -116,8 +122,8 @@ class Swarm:
 
     def close(self) -> None:
         """Stop following the models."""
-        for tracker in self._trackers:
-            tracker.cancel()
+        for task in self._following:
+            task.cancel()
 
 
 @asynccontextmanager
@@ -125,8 +131,8 @@ async def connect(
     peers: Iterable[str | Address] = (),
     *,
     swarm: str = DEFAULT_NETWORK,
-    dtype: str = "auto",
-    wire_codec: str = "auto",
+    dtype: str | None = None,
+    wire_codec: str | None = None,
     config: NodeConfig | None = None,
     identity: Identity | None = None,
     network: Network | None = None,
@@ -138,19 +144,20 @@ async def connect(
 
     `dtype` is what the client computes in, `wire_codec` how hidden states travel ("raw", "bf16",
     "int8" or "auto"). `config` gives everything else; without one, a client that is not listening
-    and has a new identity. Raises ConfigError for a wrong address or no peer, PeerUnreachable if
-    none answers.
+    and has a new identity; where both name dtype or codec, the argument counts. Raises ConfigError
+    for a wrong address or no peer, PeerUnreachable if none answers. An error of the body is raised
+    as it is.
     """
     config = config or client_config(swarm)
     given = parse_many(str(peer) for peer in peers)
-    config = replace(
-        config,
-        peers=config.peers + given,
-        client=replace(config.client, dtype=dtype, wire_codec=wire_codec),
+    settings = replace(
+        config.client,
+        dtype=dtype or config.client.dtype,
+        wire_codec=wire_codec or config.client.wire_codec,
     )
-    _require_peers(config)
-    thread = executor or DeviceThread("p2pllm-client")
-    try:
+    config = replace(config, peers=config.peers + given, client=settings)
+    _check(config)
+    with executor_or_thread(executor, "p2pllm-client") as compute:
         async with Node.open(
             config,
             identity or Identity.generate(),
@@ -159,18 +166,20 @@ async def connect(
             rng=rng,
         ) as node:
             await node.join()
-            async with asyncio.TaskGroup() as tasks:
-                joined = Swarm(node, thread, tasks, rng or random.Random())
+            async with task_group() as tasks:
+                joined = Swarm(node, compute, tasks, rng or random.Random())
                 try:
                     yield joined
                 finally:
                     joined.close()
-    finally:
-        if isinstance(thread, DeviceThread):
-            thread.close()
 
 
-def _require_peers(config: NodeConfig) -> None:
+def _check(config: NodeConfig) -> None:
+    codecs = ["auto", *(codec.name.lower() for codec in TensorCodec)]
+    if config.client.wire_codec not in codecs:
+        raise ConfigError(
+            f"no wire codec {config.client.wire_codec!r}; there are {', '.join(codecs)}"
+        )
     if not config.peers and not (config.table_path and Path(config.table_path).exists()):
         raise ConfigError(
             "no peers given: name at least one member of the swarm, as HOST:PORT "

@@ -74,18 +74,16 @@ class ClientCompute:
         """Logits (N, V) in float32 of coded hidden states, (N, D) together."""
         return await self._executor.run(lambda: self._logits(tensors))
 
-    async def encode(self, hidden: Tensor, wire: WireFormat) -> WireTensor:
-        """Code hidden states (N, D) that the caller made."""
-        return await self._executor.run(
-            lambda: encode_tensor(hidden, wire.codec, compress=wire.is_compressed)
-        )
-
-    async def decode(self, tensor: WireTensor) -> Tensor:
-        """The hidden states (N, D) that a hop sent."""
-        return await self._executor.run(lambda: self._decode(tensor))
-
-    def repack(self, rows: Sequence[Row], parts: Sequence[Part], wire: WireFormat) -> WireTensor:
+    async def repack(
+        self, rows: Sequence[Row], parts: Sequence[Part], wire: WireFormat
+    ) -> WireTensor:
         """Join an answer that came in parts, in the order of `rows`."""
+        return await self._executor.run(lambda: self._repack(rows, parts, wire))
+
+    # --- in the thread ---------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _repack(self, rows: Sequence[Row], parts: Sequence[Part], wire: WireFormat) -> WireTensor:
         found: dict[tuple[object, int], Tensor] = {}
         for part in parts:
             tensor, start = self._decode(part.tensor), 0
@@ -94,8 +92,6 @@ class ClientCompute:
                 start += row.num_outputs
         joined = torch.cat([found[row.session, row.step] for row in rows])
         return encode_tensor(joined, wire.codec, compress=wire.is_compressed)
-
-    # --- in the thread ---------------------------------------------------------------------
 
     @torch.inference_mode()
     def _embed(self, token_ids: Sequence[int], wire: WireFormat) -> WireTensor:

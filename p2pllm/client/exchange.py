@@ -59,7 +59,7 @@ class Exchange:
         Raises the RequestFailed that the hop reports, or TransportError.
         """
         keys = {(peer, row.session, row.step) for row in step.rows}
-        waiter = _Waiter(keys, asyncio.get_running_loop().create_future())
+        waiter = _Waiter(set(keys), asyncio.get_running_loop().create_future())
         self._waiters.update(dict.fromkeys(keys, waiter))
         try:
             async with asyncio.timeout(timeout_s):
@@ -71,6 +71,8 @@ class Exchange:
             for key in keys:
                 if self._waiters.get(key) is waiter:
                     del self._waiters[key]
+            if not waiter.done.cancel() and not waiter.done.cancelled():
+                waiter.done.exception()  # it may have failed while the push was under way
 
     async def _on_output(self, request: Request[Output]) -> Message:
         output = request.message

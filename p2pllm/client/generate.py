@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from p2pllm.client.compute import ClientCompute, Drawing
 from p2pllm.client.session import Chain, SessionState
-from p2pllm.client.tasks import together
 from p2pllm.errors import LocalProtocolError
 from p2pllm.model.sampling import SamplingParams
+from p2pllm.tasks import together
 from p2pllm.wire.tensors import WireTensor
 
 CHUNKS_IN_FLIGHT = 8  # below the server's window of 16 steps per session

@@ -10,11 +10,13 @@ no cache left, the client waits as long as it says, or goes elsewhere if that is
 """
 
 import asyncio
+import itertools
 import logging
+import operator
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol
 
@@ -27,13 +29,13 @@ from p2pllm.client.results import GenerationResult, HopReport
 from p2pllm.client.sequence import Detokenizer
 from p2pllm.client.sequence import Sequence as TextSequence
 from p2pllm.client.session import Chain, Hop, HopMeasure, SessionState, WireFormat
-from p2pllm.client.tasks import together
 from p2pllm.config import ClientConfig
 from p2pllm.errors import (
     Busy,
     CacheFull,
     ConfigError,
     LocalProtocolError,
+    LookupFailed,
     NoRoute,
     OpenFailed,
     P2PLLMError,
@@ -47,6 +49,7 @@ from p2pllm.net.endpoint import Endpoint
 from p2pllm.routing.planner import Route, RouteRequest, plan
 from p2pllm.swarm.tracker import SwarmTracker
 from p2pllm.swarm.view import SwarmView
+from p2pllm.wire.messages import MAX_ITEMS
 from p2pllm.wire.tensors import DType, TensorCodec
 
 logger = logging.getLogger(__name__)
@@ -54,7 +57,8 @@ logger = logging.getLogger(__name__)
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]  # text, token ids, or chat messages
 
 DEFAULT_SESSION_TOKENS = 2048
-RETRY_S = 0.1  # before trying elsewhere
+RETRY_S = 0.1  # before trying elsewhere, doubled each time
+MAX_RETRY_S = 2.0
 MISSING_BLOCKS_POLL_S = 1.0  # how often the DHT is asked again while blocks are missing
 
 
@@ -83,8 +87,8 @@ class TextTokenizer(Protocol):
 class GenerateOptions:
     """How to generate; the defaults are greedy.
 
-    `seed` None: a random one. `stop`: strings that end the text, not included in it.
-    `ignore_eos`: the tokens that end a text are never chosen.
+    `seed` None: a random one. `stop`: a string, or several, that ends the text and is not included
+    in it. `ignore_eos`: the tokens that end a text are never chosen.
     """
 
     max_new_tokens: int = 128
@@ -92,12 +96,19 @@ class GenerateOptions:
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: str | Sequence[str] = ()
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError("max_new_tokens must be at least 1")
+        if not all(self.stops):
+            raise ConfigError("a stop string must not be empty")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The strings that end the text."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
 class Session:
@@ -124,17 +135,27 @@ class Session:
         return self.state.max_tokens
 
     async def step(self, token_ids: Sequence[int]) -> Tensor:
-        """Send the next tokens; returns their logits (T, V), float32."""
-        outputs = await prefill(
-            self.chain,
-            self._model.compute,
-            self.state,
-            token_ids,
-            tail=0,
-            chunk_tokens=self._model.settings.prefill_chunk_tokens,
-        )
+        """Send the next tokens; returns their logits (T, V), float32.
+
+        After an error, or when cancelled, the session is where it was before.
+        """
+        token_ids = self._model.encode(token_ids)
+        before = self.position
+        try:
+            outputs = await prefill(
+                self.chain,
+                self._model.compute,
+                self.state,
+                token_ids,
+                tail=0,
+                chunk_tokens=self._model.settings.prefill_chunk_tokens,
+            )
+            logits = await self._model.compute.logits(outputs)
+        except BaseException:
+            self.rollback(before)
+            raise
         self.token_ids += token_ids
-        return await self._model.compute.logits(outputs)
+        return logits
 
     def rollback(self, position: int) -> None:
         """Forget all tokens from `position` on; costs nothing until the next step."""
@@ -160,26 +181,16 @@ class Generation:
     Leaving the loop early and `aclose` free the servers' memory at once.
     """
 
-    def __init__(
-        self,
-        model: "SwarmModel",
-        drawings: Sequence[Drawing],
-        params: SamplingParams,
-        session: Session | None,
-    ) -> None:
-        self._drawings = tuple(drawings)
-        self.params = params
-        self._model = model
-        self._steps = model.run(self, session)
-        self.chain: Chain | None = None
-        self.progress: Progress | None = None
-        self.route: Route | None = None
-        self.measures: dict[PeerId, HopAverages] = {}
+    def __init__(self, model: "SwarmModel", record: "GenerationRecord", session: Session | None):
+        self._record = record
+        # It must not refer to us: then it ends, and frees the servers, when we are dropped.
+        self._steps = model.run(record, session)
+        self._endpoint = model.endpoint
 
     @property
-    def drawings(self) -> tuple[Drawing, ...]:
-        """The sequences and how they are drawn."""
-        return self._drawings
+    def route(self) -> Route | None:
+        """The route that was planned, once it is; None with a session, which has its own."""
+        return self._record.route
 
     def __aiter__(self) -> AsyncIterator[str]:
         return self
@@ -213,12 +224,11 @@ class Generation:
 
     def results(self) -> list[GenerationResult]:
         """What there is so far, finished or not."""
-        return [self._result(drawing.sequence) for drawing in self._drawings]
+        return [self._result(drawing.sequence) for drawing in self._record.drawings]
 
     def _result(self, sequence: TextSequence) -> GenerationResult:
-        progress = self.progress
+        progress, chain = self._record.progress, self._record.chain
         tpot_s = progress.tpot_s if progress else None
-        hops = self.chain.hops if self.chain else ()
         return GenerationResult(
             text=sequence.text,
             token_ids=tuple(sequence.token_ids),
@@ -228,23 +238,35 @@ class Generation:
             tpot_s=tpot_s,
             tokens_per_s=1 / tpot_s if tpot_s else None,
             own_s_per_token=progress.own_s_per_step if progress else None,
-            route=tuple(self._report(hop) for hop in hops),
+            route=tuple(map(self._report, chain.hops)) if chain else (),
         )
 
     def _report(self, hop: Hop) -> HopReport:
-        averages = self.measures.get(hop.peer, HopAverages())
+        averages = self._record.measures.get(hop.peer, HopAverages())
         return HopReport(
             peer_id=hop.peer,
             blocks=hop.span,
-            rtt_s=self._model.endpoint.rtt_s(hop.peer),
+            rtt_s=self._endpoint.rtt_s(hop.peer),
             queue_s=averages.queue_s.get(0.0),
             compute_s=averages.compute_s.get(0.0),
             bytes_per_token=averages.bytes_per_token.get(0.0),
         )
 
+
+@dataclass(eq=False)
+class GenerationRecord:
+    """What a generation is to do, and what came of it so far."""
+
+    drawings: tuple[Drawing, ...]
+    params: SamplingParams
+    chain: Chain | None = None
+    progress: Progress | None = None
+    route: Route | None = None
+    measures: "dict[PeerId, HopAverages]" = field(default_factory=dict)
+
     def on_measure(self, measure: HopMeasure) -> None:
         """A step came back from a hop; decode steps count for the report."""
-        if measure.num_tokens > len(self._drawings):
+        if measure.num_tokens > len(self.drawings):
             return
         averages = self.measures.setdefault(measure.peer, HopAverages())
         averages.queue_s.add(measure.timing.queue_s)
@@ -268,6 +290,7 @@ class SwarmModel:
         self,
         *,
         endpoint: Endpoint,
+        tasks: asyncio.TaskGroup,
         exchange: Exchange,
         model_id: ModelId,
         config: ModelConfig,
@@ -285,6 +308,7 @@ class SwarmModel:
         self.compute = compute
         self.tracker = tracker
         self.settings = settings
+        self._tasks = tasks
         self._exchange = exchange
         self._wire_dtype = wire_dtype
         self._rng = rng
@@ -292,13 +316,19 @@ class SwarmModel:
     # --- text ----------------------------------------------------------------------------
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a text, of chat messages (through the model's template), or themselves."""
+        """Token ids of a text, of chat messages (through the model's template), or themselves.
+
+        Raises ConfigError for ids that the model does not have.
+        """
         if isinstance(prompt, str):
             return tuple(self.tokenizer.encode(prompt))
         messages = [item for item in prompt if isinstance(item, Mapping)]
         if messages:
             return tuple(self.tokenizer.encode_chat(messages))
-        return tuple(item for item in prompt if isinstance(item, int))
+        token_ids = tuple(operator.index(item) for item in prompt if not isinstance(item, Mapping))
+        if not all(0 <= token < self.config.vocab_size for token in token_ids):
+            raise ConfigError(f"token ids of this model are from 0 to {self.config.vocab_size - 1}")
+        return token_ids
 
     def generate(
         self, prompt: Prompt, *, session: Session | None = None, **options: object
@@ -317,6 +347,8 @@ class SwarmModel:
 
         A sampled text depends on the seed and its place in the list, not on the others.
         """
+        if not prompts:
+            return []
         generation = self._generation(prompts, GenerateOptions(**options), None)  # type: ignore[arg-type]
         async with generation:
             return await generation.finish()
@@ -324,6 +356,8 @@ class SwarmModel:
     def _generation(
         self, prompts: Sequence[Prompt], options: GenerateOptions, session: Session | None
     ) -> Generation:
+        if len(prompts) > MAX_ITEMS:
+            raise ConfigError(f"at most {MAX_ITEMS} prompts share a batch")
         seed = self._rng.getrandbits(63) if options.seed is None else options.seed
         eos_ids = self.tokenizer.eos_ids
         banned = tuple(sorted(eos_ids)) if options.ignore_eos else ()
@@ -338,32 +372,32 @@ class SwarmModel:
                 options.max_new_tokens,
                 self.tokenizer.stream(prompt_ids),
                 eos_ids,
-                options.stop,
+                options.stops,
             )
             drawings.append(Drawing(sequence, number))
-        return Generation(self, drawings, params, session)
+        return Generation(self, GenerationRecord(tuple(drawings), params), session)
 
     async def run(
-        self, generation: Generation, session: Session | None
+        self, record: GenerationRecord, session: Session | None
     ) -> AsyncGenerator[dict[int, str], None]:
         """Carry a generation out: route, sessions, steps; used by `Generation` only."""
         progress = Progress(asyncio.get_running_loop().time())
-        generation.progress = progress
-        sequences = [drawing.sequence for drawing in generation.drawings]
+        record.progress = progress
+        sequences = [drawing.sequence for drawing in record.drawings]
         if session is not None:
             chain, states = session.chain, [session.state]
             self._reuse(session, sequences[0])
         else:
-            chain, states, generation.route = await self._open_for(sequences)
-        generation.chain = chain
-        chain.on_measure = self._measured(generation)
+            chain, states, record.route = await self._open_for(sequences)
+        record.chain = chain
+        chain.on_measure = self._measured(record)
         try:
             steps = generate(
                 chain,
                 self.compute,
                 states,
-                generation.drawings,
-                generation.params,
+                record.drawings,
+                record.params,
                 progress,
                 chunk_tokens=self.settings.prefill_chunk_tokens,
             )
@@ -406,6 +440,8 @@ class SwarmModel:
     @asynccontextmanager
     async def session(self, *, max_tokens: int = DEFAULT_SESSION_TOKENS) -> AsyncIterator[Session]:
         """A session of up to `max_tokens` tokens, to step through by hand or generate with."""
+        if max_tokens < 1:
+            raise ConfigError("a session has room for at least one token")
         request = self._route_request(max_tokens // 2, max_tokens - max_tokens // 2, 1)
         chain, (state,), _ = await self.open(request, [max_tokens])
         chain.on_measure = self._measured(None)
@@ -417,6 +453,7 @@ class SwarmModel:
 
     async def forward(self, token_ids: Sequence[int]) -> Tensor:
         """Logits (T, V) in float32 of a token sequence, in one pass."""
+        token_ids = self.encode(token_ids)
         async with self.session(max_tokens=len(token_ids)) as session:
             return await session.step(token_ids)
 
@@ -437,25 +474,36 @@ class SwarmModel:
         """Plan a route and open sessions of these sizes on it.
 
         Where that fails it tries elsewhere, and again for `patience_s`; then the last error is
-        raised: NoRoute with the missing blocks, or what the servers said.
+        raised: NoRoute with the missing blocks, LookupFailed, or what the servers said.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.settings.patience_s
-        while True:
+        for attempt in itertools.count():
             try:
-                view = await self.tracker.fresh_view()
+                view = await self._fresh_view(is_first=not attempt)
                 route = plan(view, request)
                 chain = self._chain(view, route)
-                states = await together(chain.open(count) for count in max_tokens)
-            except (NoRoute, OpenFailed) as exc:
-                wait_s = self._wait_after(exc, view)
-                if loop.time() + wait_s > deadline:
-                    raise _reason(exc) from exc
-                logger.info("no route yet reason=%s wait_s=%.2f", exc, wait_s)
-                await asyncio.sleep(wait_s)
-                await self.tracker.refresh()
+                # If it goes to servers without free cache, there are no better ones: we wait there.
+                wait_s = max(view.by_peer[hop.peer_id].cache_wait_s for hop in route.hops)
+                patience_s = max(0.0, deadline - loop.time())
+                states = await chain.open(max_tokens, wait_s=min(wait_s, patience_s))
+            except (NoRoute, OpenFailed, LookupFailed) as exc:
+                pause_s = self._pause_after(exc, attempt)
+                if loop.time() + pause_s > deadline:
+                    reason = _only_failure(exc)
+                    if reason is None:
+                        raise
+                    raise reason from exc
+                logger.info("no route yet reason=%s pause_s=%.2f", exc, pause_s)
+                await asyncio.sleep(pause_s)
             else:
                 return chain, states, route
+        raise AssertionError("unreachable: it returns or raises")
+
+    async def _fresh_view(self, *, is_first: bool) -> SwarmView:
+        if not is_first:
+            await self.tracker.refresh()
+        return await self.tracker.fresh_view()
 
     def _chain(self, view: SwarmView, route: Route) -> Chain:
         hops = tuple(
@@ -465,6 +513,7 @@ class SwarmModel:
         wire = self._wire_format(hops)
         return Chain(
             endpoint=self.endpoint,
+            tasks=self._tasks,
             exchange=self._exchange,
             config=self.settings,
             model=self.model_id,
@@ -495,27 +544,25 @@ class SwarmModel:
             seed=int.from_bytes(self.endpoint.peer_id.key[:7], "big"),
         )
 
-    def _wait_after(self, exc: NoRoute | OpenFailed, view: SwarmView) -> float:
+    def _pause_after(self, exc: P2PLLMError, attempt: int) -> float:
         """Take a failure into account for the next plan; returns how long to wait before it."""
-        if isinstance(exc, NoRoute):
+        if not isinstance(exc, OpenFailed):
             return MISSING_BLOCKS_POLL_S
         now = asyncio.get_running_loop().time()
-        waits = [0.0]
         for peer, error in exc.failures.items():
             if isinstance(error, CacheFull | Busy):
                 self.tracker.measurements.on_cache_full(peer, error.retry_after_s, now)
-                waits.append(error.retry_after_s)
             else:
                 self.tracker.measurements.on_failure(peer, now)
-        return max(waits) if len(view.servers) <= len(exc.failures) else RETRY_S
+        return min(RETRY_S * 2.0 ** min(attempt, 8), MAX_RETRY_S)
 
-    def _measured(self, generation: Generation | None) -> Callable[[HopMeasure], None]:
+    def _measured(self, record: GenerationRecord | None) -> Callable[[HopMeasure], None]:
         """What is to be done with each measured step: it teaches the router, and the report."""
 
         def on_measure(measure: HopMeasure) -> None:
             self._learn(measure)
-            if generation is not None:
-                generation.on_measure(measure)
+            if record is not None:
+                record.on_measure(measure)
 
         return on_measure
 
@@ -539,9 +586,9 @@ class SwarmModel:
         measurements.on_transfer(peer, None, measure.num_bytes, transfer_s, now)
 
 
-def _reason(exc: NoRoute | OpenFailed) -> P2PLLMError:
-    """The error that a user should see."""
-    if isinstance(exc, NoRoute) or len(exc.failures) > 1:
-        return exc
+def _only_failure(exc: P2PLLMError) -> P2PLLMError | None:
+    """What the one server said that did not open: that is what the user should see."""
+    if not isinstance(exc, OpenFailed) or len(exc.failures) > 1:
+        return None
     error: P2PLLMError = next(iter(exc.failures.values()))
     return error

@@ -1,25 +1,29 @@
 """Sessions: sequences whose keys and values live along a route, and the steps through it.
 
 A `Chain` is a route in use. It opens sessions on every hop, carries steps through the hops, and
-closes what it opened. Here the client relays: it hands each hop's output, as the bytes that came,
-to the next hop. Several sequences of one client go through the chain in the same messages.
+closes what it opened, whatever cancels it meanwhile. Here the client relays: it hands each hop's
+output, as the bytes that came, to the next hop. Several sequences of one client go through the
+chain in the same messages.
 
-The public face of one sequence is `Session`: `step`, `rollback`, `fork`, `close`.
+A step that fails or is cancelled half way has gone through some hops and not through others. Its
+sequences then continue under a higher epoch from where all hops stand: that fences off what is
+still under way, and lets the hops that never saw the step go on without it (docs/protocol.md).
 """
 
 import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from p2pllm.client.exchange import Exchange, Part
 from p2pllm.config import ClientConfig
-from p2pllm.errors import OpenFailed, P2PLLMError, RemoteProtocolError
+from p2pllm.errors import Busy, OpenFailed, P2PLLMError, RemoteProtocolError
 from p2pllm.ids import SESSION_ID_BYTES, ModelId, PeerId, SessionId
 from p2pllm.net.endpoint import Endpoint
 from p2pllm.net.frames import Priority
 from p2pllm.spans import Span
+from p2pllm.tasks import finish, together
 from p2pllm.wire.messages import Close, Fork, HopTiming, Message, Numerics, Open, Opened, Row, Step
 from p2pllm.wire.tensors import TensorCodec, WireTensor
 
@@ -27,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 PUSH_TOKEN_BYTES = 16
 CLOSE_TIMEOUT_S = 2.0
+BUSY_PAUSE_S = 0.05  # at least, before a full queue is asked again
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +58,21 @@ class SessionState:
     id: SessionId
     max_tokens: int
     position: int = 0
+    epoch: int = 0
     next_step: int = 0
     acked: int = -1
 
     def next_row(self, num_tokens: int, tail: int) -> Row:
         """The row for the next tokens; the state moves on as if they were through."""
-        row = Row(self.id, 0, self.next_step, self.position, num_tokens, self.acked, tail)
+        row = Row(self.id, self.epoch, self.next_step, self.position, num_tokens, self.acked, tail)
         self.next_step += 1
         self.position += num_tokens
         return row
+
+    def give_up(self, row: Row) -> None:
+        """The row's step failed somewhere: what it, and steps after it, left does not count."""
+        self.position = min(self.position, row.position)
+        self.epoch = max(self.epoch, row.epoch + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +88,7 @@ class HopMeasure:
     timing: HopTiming
 
 
-Repack = Callable[[Sequence[Row], Sequence[Part]], WireTensor]
+Repack = Callable[[Sequence[Row], Sequence[Part]], Awaitable[WireTensor]]
 
 
 @dataclass(eq=False)
@@ -85,10 +96,12 @@ class Chain:
     """A route in use: hops in order that cover all blocks.
 
     `repack` joins the parts of an answer that came in several messages, in the order of rows.
-    `on_measure` is told what each step cost at each hop.
+    `on_measure` is told what each step cost at each hop. `tasks` owns what outlives a cancelled
+    caller.
     """
 
     endpoint: Endpoint
+    tasks: asyncio.TaskGroup
     exchange: Exchange
     config: ClientConfig
     model: ModelId
@@ -96,19 +109,33 @@ class Chain:
     wire: WireFormat
     repack: Repack
     on_measure: Callable[[HopMeasure], None]
-    _sessions: dict[SessionId, SessionState] = field(default_factory=dict)
 
-    async def open(self, max_tokens: int, *, wait_s: float = 0.0) -> SessionState:
-        """Reserve room for a sequence of `max_tokens` on every hop, all at once.
+    async def open(self, max_tokens: Sequence[int], *, wait_s: float = 0.0) -> list[SessionState]:
+        """Reserve room for sequences of these lengths on every hop, all at once.
 
-        Raises OpenFailed after having closed what could be opened.
+        Servers without free cache may let us wait for `wait_s`. Raises OpenFailed, with nothing
+        left open.
         """
+        opened: list[SessionState] = []
+
+        async def open_one(count: int) -> SessionState:
+            state = await self._open_one(count, wait_s)
+            opened.append(state)
+            return state
+
+        try:
+            return await together(map(open_one, max_tokens))
+        except BaseException:
+            await self.close(opened)
+            raise
+
+    async def _open_one(self, max_tokens: int, wait_s: float) -> SessionState:
         state = SessionState(_new_session_id(), max_tokens)
 
         async def open_at(hop: Hop) -> None:
             request = Open(
                 session=state.id,
-                epoch=0,
+                epoch=state.epoch,
                 span=hop.span,
                 max_tokens=max_tokens,
                 model=self.model,
@@ -121,30 +148,32 @@ class Chain:
             )
             await self._ask(hop, request, timeout_s=self.config.open_timeout_s + wait_s)
 
-        failures = await self._at_every_hop(open_at)
-        if failures:
-            await self._close([state.id])
-            raise OpenFailed(failures)
-        self._sessions[state.id] = state
+        await self._open_at_every_hop(state, open_at)
         return state
 
     async def fork(self, source: SessionState) -> SessionState:
         """Copy a sequence at every hop; it must be between steps. Raises OpenFailed."""
-        state = SessionState(
-            _new_session_id(), source.max_tokens, source.position, source.next_step
-        )
+        state = replace(source, id=_new_session_id(), acked=-1)
 
         async def fork_at(hop: Hop) -> None:
             token = os.urandom(PUSH_TOKEN_BYTES)
-            request = Fork(source.id, 0, state.id, source.position, token)
+            request = Fork(source.id, source.epoch, state.id, source.position, token)
             await self._ask(hop, request, timeout_s=self.config.open_timeout_s)
 
-        failures = await self._at_every_hop(fork_at)
-        if failures:
-            await self._close([state.id])
-            raise OpenFailed(failures)
-        self._sessions[state.id] = state
+        await self._open_at_every_hop(state, fork_at)
         return state
+
+    async def _open_at_every_hop(
+        self, state: SessionState, action: Callable[[Hop], Awaitable[None]]
+    ) -> None:
+        """Open a session at all hops, or at none."""
+        try:
+            failures = await self._at_every_hop(action)
+            if failures:
+                raise OpenFailed(failures)
+        except BaseException:
+            await self.close([state])
+            raise
 
     async def step(
         self, states: Sequence[SessionState], counts: Sequence[int], tensor: WireTensor, tail: int
@@ -153,42 +182,72 @@ class Chain:
 
         `counts` says how many tokens each has; `tensor` packs their hidden states in that order,
         (sum of counts, D). Returns the last hop's, of the last `tail` tokens of each (0: all).
-        Raises RequestFailed or TransportError; the sequences' caches are then undefined.
+        Raises RequestFailed or TransportError; the sequences are then where they were before.
         """
         rows = [state.next_row(count, tail) for state, count in zip(states, counts, strict=True)]
         is_decode = max(counts) == 1
         priority = Priority.DECODE if is_decode else Priority.PREFILL
-        for index, hop in enumerate(self.hops):
-            is_last = index == len(self.hops) - 1
-            tensor = await self._step_at(hop, rows if is_last else _whole(rows), tensor, priority)
+        try:
+            for index, hop in enumerate(self.hops):
+                is_last = index == len(self.hops) - 1
+                asked = rows if is_last else _whole(rows)
+                tensor = await self._step_at(hop, asked, tensor, priority)
+        except BaseException:
+            for state, row in zip(states, rows, strict=True):
+                state.give_up(row)
+            raise
         for state, row in zip(states, rows, strict=True):
             state.acked = max(state.acked, row.step)
         return tensor
 
     async def close(self, states: Sequence[SessionState]) -> None:
-        """Free sequences at every hop; a hop that cannot be reached forgets them by itself."""
-        for state in states:
-            self._sessions.pop(state.id, None)
-        await self._close([state.id for state in states])
+        """Free sequences at every hop, also if we are cancelled meanwhile.
+
+        A hop that cannot be reached forgets them by itself.
+        """
+        if not states:
+            return
+        request = Close(tuple(state.id for state in states), max(state.epoch for state in states))
+
+        async def close_at(hop: Hop) -> None:
+            await self.endpoint.request(hop.peer, request, timeout_s=CLOSE_TIMEOUT_S)
+
+        await finish(self.tasks, self._at_every_hop(close_at))
 
     async def _step_at(
         self, hop: Hop, rows: Sequence[Row], tensor: WireTensor, priority: Priority
     ) -> WireTensor:
+        """One hop's part. A hop whose queue is full is asked again when it says."""
         loop = asyncio.get_running_loop()
-        started, timeout_s = loop.time(), self.config.step_timeout_s
-        step = Step(tuple(rows), tensor, budget_s=timeout_s)
-        parts = await self.exchange.step(hop.peer, step, timeout_s=timeout_s, priority=priority)
-        self._measure(hop, step, parts, loop.time() - started)
-        expected = sum(row.num_outputs for row in rows)
-        if any(part.tensor.header.shape[:1] != (_num_outputs(part),) for part in parts):
-            raise RemoteProtocolError(f"{hop.peer.short} answered with a tensor of a wrong shape")
+        deadline = loop.time() + self.config.step_timeout_s
+        while True:
+            started = loop.time()
+            budget_s = deadline - started
+            step = Step(tuple(rows), tensor, budget_s=budget_s)
+            try:
+                parts = await self.exchange.step(
+                    hop.peer, step, timeout_s=budget_s, priority=priority
+                )
+            except Busy as exc:
+                pause_s = max(exc.retry_after_s, BUSY_PAUSE_S)
+                if started + pause_s >= deadline:
+                    raise
+                await asyncio.sleep(pause_s)
+            else:
+                self._measure(hop, step, parts, loop.time() - started)
+                return await self._joined(hop, step, parts)
+
+    async def _joined(self, hop: Hop, step: Step, parts: Sequence[Part]) -> WireTensor:
+        """The answer in the order of the step's rows. Raises RemoteProtocolError."""
+        rows = {(row.session, row.step): row for row in step.rows}
+        width = step.tensor.header.shape[1:]
+        for part in parts:
+            is_ours = all(_is_alike(rows[row.session, row.step], row) for row in part.rows)
+            if not is_ours or part.tensor.header.shape != (_num_outputs(part), *width):
+                raise RemoteProtocolError(f"{hop.peer.short} answered something else than asked")
         if len(parts) == 1 and parts[0].rows == step.rows:
-            result = parts[0].tensor
-        else:
-            result = self.repack(rows, parts)
-        if result.header.shape != (expected, *tensor.header.shape[1:]):
-            raise RemoteProtocolError(f"{hop.peer.short} answered with a tensor of a wrong shape")
-        return result
+            return parts[0].tensor
+        return await self.repack(step.rows, parts)
 
     def _measure(self, hop: Hop, step: Step, parts: Sequence[Part], total_s: float) -> None:
         timings = [part.timings[-1] for part in parts if part.timings]
@@ -224,17 +283,19 @@ class Chain:
             raise RemoteProtocolError(f"{hop.peer.short} answered with {type(reply).__name__}")
         return reply
 
-    async def _close(self, sessions: Sequence[SessionId]) -> None:
-        async def close_at(hop: Hop) -> None:
-            request = Close(tuple(sessions), 0)
-            await self.endpoint.request(hop.peer, request, timeout_s=CLOSE_TIMEOUT_S)
-
-        await self._at_every_hop(close_at)
-
 
 def _whole(rows: Sequence[Row]) -> list[Row]:
     """The rows with all their outputs asked for: the next hop needs every token."""
     return [replace(row, tail=0) if row.tail else row for row in rows]
+
+
+def _is_alike(asked: Row, answered: Row) -> bool:
+    """Is it the answer to that? An output may have been kept since we asked first."""
+    return (asked.position, asked.num_tokens, asked.num_outputs) == (
+        answered.position,
+        answered.num_tokens,
+        answered.num_outputs,
+    )
 
 
 def _num_outputs(part: Part) -> int:

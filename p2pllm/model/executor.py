@@ -4,8 +4,9 @@ The event loop must not multiply matrices, and a device wants its work one piece
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -30,4 +31,18 @@ class DeviceThread:
 
     def close(self) -> None:
         """End the thread after what it is doing; what waits is dropped."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        # Not waited for: it may be loading a model, and whoever closes is the event loop.
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def executor_or_thread(executor: Executor | None, name: str) -> Iterator[Executor]:
+    """The executor given, which stays its owner's, or a new thread that is closed in the end."""
+    if executor is not None:
+        yield executor
+        return
+    thread = DeviceThread(name)
+    try:
+        yield thread
+    finally:
+        thread.close()

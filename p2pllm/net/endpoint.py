@@ -156,11 +156,15 @@ class Endpoint:
             try:
                 await self._keep_house()
             finally:  # before the group cancels the handlers, so that none is started meanwhile
-                self._is_over = True
-                self._group = None
-                self._close_all()
+                self.close()
 
-    def _close_all(self) -> None:
+    def close(self) -> None:
+        """Stop listening and close all connections: what `run` does in the end.
+
+        For an owner that bound the endpoint and was cancelled before `run` had begun.
+        """
+        self._is_over = True
+        self._group = None
         if self._listener is not None:
             self._listener.close()
         for link in self._early:

@@ -27,6 +27,7 @@ from p2pllm.swarm.announcements import (
 )
 from p2pllm.swarm.node import Node
 from p2pllm.swarm.tracker import read_presences
+from p2pllm.tasks import task_group
 from p2pllm.wire.records import PRESENCE_NAMESPACE
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class Announcer:
 
     async def run(self) -> None:
         """Keep the presence true until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
+        async with task_group() as tasks:
             tasks.create_task(self._keep_true())
             tasks.create_task(self._measure_successors())
 

@@ -8,28 +8,34 @@ reaches the client as `HopFailed`.
 
 import asyncio
 import logging
-from collections import Counter, deque
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from p2pllm.config import ServerConfig
 from p2pllm.errors import (
     BadRequest,
+    Busy,
     CacheFull,
     Forbidden,
     NotServed,
     P2PLLMError,
     RequestFailed,
+    SessionUnknown,
 )
 from p2pllm.ids import ModelId, PeerId
 from p2pllm.net.endpoint import Endpoint
 from p2pllm.net.frames import Priority
 from p2pllm.net.rpc import Request
-from p2pllm.server.scheduler import Task
+from p2pllm.server.pages import pages_for
+from p2pllm.server.scheduler import DECODE_TOKENS, Task
 from p2pllm.server.sessions import Accepted, Session, SessionTable
 from p2pllm.server.worker import Failed, Finished, StepInput, Worker
 from p2pllm.spans import Span
+from p2pllm.tasks import task_group
 from p2pllm.wire.messages import (
+    MAX_TEXT,
     Ack,
     Close,
     Fork,
@@ -48,8 +54,12 @@ logger = logging.getLogger(__name__)
 
 EXPIRY_CHECK_S = 1.0  # leases are tens of seconds
 SEND_TIMEOUT_S = 15.0  # the transport gives a peer up after as long
-MAX_UNSENT = 64  # outputs on their way to one client; beyond, they are only kept
+MAX_UNSENT = 256  # messages on their way to one client; beyond, outputs are only kept
+MAX_UNSENT_BYTES = 64 * 2**20  # of their tensors, beyond the first
 MAX_WAIT_S = 60.0  # the longest that an Open may wait for pages
+MAX_WAITING = 256  # Opens that wait for pages
+MAX_WAITING_PER_PEER = 32
+ROWS_PER_REPORT = 512  # a body has room for 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +70,14 @@ class Offer:
     numerics: Numerics
     span: Span
     hidden_size: int
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    """A place in the line for pages."""
+
+    peer: PeerId
+    num_pages: int
 
 
 class Service:
@@ -78,9 +96,10 @@ class Service:
         self._endpoint = endpoint
         self._worker = worker
         self._config = config
-        self._waiting: deque[PeerId] = deque()  # clients whose Open waits for pages
+        self._waiting: list[_Waiting] = []  # in the order in which they came
         self._freed = asyncio.Event()
-        self._unsent: Counter[PeerId] = Counter()
+        self._unsent: Counter[PeerId] = Counter()  # messages on their way
+        self._unsent_bytes: Counter[PeerId] = Counter()
         self._tasks: asyncio.TaskGroup | None = None
 
     def bind(self) -> None:
@@ -94,14 +113,16 @@ class Service:
 
     async def run(self) -> None:
         """Send outputs and end leases until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
+        async with task_group() as tasks:
             self._tasks = tasks
-            while True:
-                await asyncio.sleep(EXPIRY_CHECK_S)
-                expired = self.sessions.expire(self._now())
-                for session in expired:
-                    logger.info("session expired id=%s", session.id)
-                    self._release(session)
+            try:
+                while True:
+                    await asyncio.sleep(EXPIRY_CHECK_S)
+                    for session in self.sessions.expire(self._now()):
+                        logger.info("session expired id=%s", session.id)
+                        self._release(session)
+            finally:
+                self._tasks = None  # the group takes no more
 
     # --- sessions ------------------------------------------------------------------------
 
@@ -143,24 +164,42 @@ class Service:
     async def _reserve(self, opening: Open, wait_s: float) -> Session[Output]:
         """Open the session, waiting in turn for pages if there are none."""
         deadline = self._now() + wait_s
-        peer = opening.client
-        self._waiting.append(peer)
+        place = _Waiting(opening.client, pages_for(opening.max_tokens))
+        self._waiting.append(place)
         try:
             while True:
-                others_wait = any(other != peer for other in self._waiting)
                 try:
-                    return self._open_now(opening, others_wait=others_wait)
+                    return self._open_now(opening, place)
                 except CacheFull:
                     if self._now() >= deadline:
                         raise
+                self._check_queue(place)
                 await self._wait_for_pages(deadline)
         finally:
-            self._waiting.remove(peer)
+            self._waiting.remove(place)
+            self._freed.set()  # others may have waited for this place only
 
-    def _open_now(self, opening: Open, *, others_wait: bool) -> Session[Output]:
+    def _next_in_turn(self) -> _Waiting | None:
+        """Who gets the next free pages: the first, but nobody over quota before others."""
+        return next(filter(self._is_within_quota, self._waiting), next(iter(self._waiting), None))
+
+    def _is_within_quota(self, place: _Waiting) -> bool:
+        return self.sessions.is_within_quota(place.peer, place.num_pages)
+
+    def _check_queue(self, place: _Waiting) -> None:
+        of_peer = sum(other.peer == place.peer for other in self._waiting)
+        if len(self._waiting) > MAX_WAITING or of_peer > MAX_WAITING_PER_PEER:
+            raise Busy("too many wait for cache here", retry_after_s=self._retry_after_s())
+
+    def _retry_after_s(self) -> float:
+        return self.sessions.next_expiry_s(self._now())
+
+    def _open_now(self, opening: Open, place: _Waiting) -> Session[Output]:
         """Open, and if that replaces a session, forget what is queued for the old pages."""
         known = self.sessions.get(opening.session)
-        session = self.sessions.open(opening, self._now(), others_wait=others_wait)
+        if known is None and self._next_in_turn() is not place:
+            raise CacheFull("others wait for cache here", retry_after_s=self._retry_after_s())
+        session = self.sessions.open(opening, self._now())
         if session is not known:
             self._endpoint.protect(opening.client)
             if known is not None:
@@ -179,7 +218,7 @@ class Service:
         fork = request.message
         source = self.sessions.get(fork.session)
         if source is None:
-            raise BadRequest(f"session {fork.session} is not open here")
+            raise SessionUnknown(f"session {fork.session} is not open here")
         opening = Open(
             session=fork.new_session,
             epoch=fork.epoch,
@@ -192,25 +231,40 @@ class Service:
             codec=source.request.codec,
             is_compressed=source.request.is_compressed,
         )
-        others_wait = any(other != request.peer for other in self._waiting)
+        first = self._next_in_turn()
+        others_wait = first is not None and first.peer != request.peer
         held, new = self.sessions.fork(
             opening, fork.session, fork.position, self._now(), others_wait=others_wait
         )
         self._endpoint.protect(request.peer)
-        await self._worker.copy_pages(held.pages, new.pages, fork.position)
+        try:
+            await self._worker.copy_pages(held.pages, new.pages, fork.position)
+        except BaseException:  # perhaps nobody waits any more: half a copy is no session
+            if self.sessions.get(new.id) is new:
+                self._close(new, request.peer, new.epoch)
+            raise
         return self._opened(new)
 
     async def _on_rewire(self, request: Request[Rewire]) -> Message:
         raise NotServed("this server does not push to other servers")
 
     async def _on_close(self, request: Request[Close]) -> Message:
+        error: RequestFailed | None = None
         for session_id in request.message.sessions:
             session = self.sessions.get(session_id)
             if session is not None:
-                self.sessions.close(session_id, request.peer, request.message.epoch)
-                self._release(session)
-                logger.info("session closed id=%s tokens=%d", session_id, session.length)
+                try:
+                    self._close(session, request.peer, request.message.epoch)
+                except RequestFailed as exc:  # the others are closed all the same
+                    error = exc
+        if error is not None:
+            raise error
         return Ack()
+
+    def _close(self, session: Session[Output], client: PeerId, epoch: int) -> None:
+        self.sessions.close(session.id, client, epoch)
+        self._release(session)
+        logger.info("session closed id=%s tokens=%d", session.id, session.length)
 
     def _release(self, session: Session[Output]) -> None:
         """What must follow when a session is gone from the table."""
@@ -225,50 +279,72 @@ class Service:
 
     async def _on_step(self, request: Request[Step]) -> Message:
         step, peer, now = request.message, request.peer, self._now()
-        self._check_tensor(step)
-        source, tasks = StepInput(step.tensor), []
-        tokens = step.tokens or (b"",) * len(step.rows)
+        tokens = step.tokens if len(step.tokens) == len(step.rows) else (b"",) * len(step.rows)
+        rows = list(zip(step.rows, tokens, strict=True))
+        wrong = self._what_is_wrong(step)
+        if wrong is not None:
+            self._report_alike([(self._whom_to_tell(*row, peer), row[0], wrong) for row in rows])
+            return Ack()
+        sources: dict[PeerId, StepInput] = {}  # one: clients do not share messages
+        refused: list[tuple[PeerId, Row, RequestFailed]] = []
         offset = 0
-        for row, token in zip(step.rows, tokens, strict=True):
+        for row, token in rows:
             try:
                 seen = self.sessions.on_row(row, peer, token, now)
             except RequestFailed as exc:
-                self._report(peer, (row,), exc)
+                refused.append((self._whom_to_tell(row, token, peer), row, exc))
             else:
                 session = self.sessions.get(row.session)
                 assert session is not None, "on_row raises for unknown sessions"
                 if isinstance(seen, Accepted):
+                    source = sources.get(session.client) or _source(step, session, now)
+                    sources[session.client] = source
                     task = Task(row, session.client, session.span, now)
-                    source.add(task, offset, session.pages, session.request)
-                    tasks.append(task)
+                    source.add(task, offset, session.pages)
                 elif seen.output is not None:
-                    self._send(session.client, seen.output, Priority.DECODE)
+                    self._send(session.client, seen.output, _priority(row))
             offset += row.num_tokens
-        self._queue(peer, source, tasks)
+        for source in sources.values():
+            self._queue(source)
+        self._report_alike(refused)
         return Ack()
 
-    def _check_tensor(self, step: Step) -> None:
+    def _what_is_wrong(self, step: Step) -> BadRequest | None:
+        """Why no row of the step can be computed; None if they can."""
         num_tokens = sum(row.num_tokens for row in step.rows)
         expected = (num_tokens, self.offer.hidden_size)
         if step.tensor.header.shape != expected:
-            raise BadRequest(f"a tensor of shape {step.tensor.header.shape}, not {expected}")
+            return BadRequest(f"a tensor of shape {step.tensor.header.shape}, not {expected}")
+        if num_tokens > self._config.max_tokens_per_session:
+            return BadRequest(
+                f"a step of {num_tokens} tokens; {self._config.max_tokens_per_session} are allowed"
+            )
         if step.tokens and len(step.tokens) != len(step.rows):
-            raise BadRequest("a step has one token per row, or none")
+            return BadRequest("a step has one token per row, or none")
+        return None
 
-    def _queue(self, peer: PeerId, source: StepInput, tasks: Sequence[Task]) -> None:
+    def _whom_to_tell(self, row: Row, token: bytes, sender: PeerId) -> PeerId:
+        """The session's client if `sender` may speak for it, else the sender itself."""
+        session = self.sessions.get(row.session)
+        if session is not None and self.sessions.may_push(session, sender, token):
+            return session.client
+        return sender
+
+    def _queue(self, source: StepInput) -> None:
         try:
-            self._worker.add(source, tasks)
+            self._worker.add(source)
         except RequestFailed as exc:
-            self._forget(peer, tuple(task.row for task in tasks), exc)
+            self._forget(source.client, tuple(task.row for task in source.inputs), exc)
 
     def deliver(self, finished: Sequence[Finished], failed: Sequence[Failed]) -> None:
         """Take in what a batch has computed, and send it."""
+        now = self._now()
         for result in finished:
             output = Output(result.rows, result.tensor, (result.timing,))
-            wanted = [self.sessions.on_output(row, output, self._now()) for row in result.rows]
+            num_bytes = len(result.tensor.data)
+            wanted = [self.sessions.on_output(row, output, now, num_bytes) for row in result.rows]
             if any(wanted):
-                priority = Priority.DECODE if result.is_decode else Priority.PREFILL
-                self._send(result.client, output, priority)
+                self._send(result.client, output, _priority(result.rows[0]))
         for failure in failed:
             self._forget(failure.client, (failure.row,), failure.error)
 
@@ -280,33 +356,71 @@ class Service:
         lost = dict.fromkeys(rows)
         for row in rows:
             if self.sessions.on_failed(row) is not None:
-                lost.update(dict.fromkeys(self._worker.cancel(row.session)))
-        if lost:
-            self._report(client, tuple(lost), exc)
+                lost.update(dict.fromkeys(self._worker.cancel(row.session, row.step)))
+        self._report(client, lost, exc)
 
-    def _report(self, client: PeerId, rows: tuple[Row, ...], exc: RequestFailed) -> None:
-        logger.info("step refused client=%s rows=%d error=%s", client.short, len(rows), exc)
-        message = HopFailed(
-            rows, exc.code, exc.message, b"", exc.retry_after_s, expected=exc.expected
-        )
-        self._send(client, message, Priority.CONTROL)
+    def _report_alike(self, refused: Sequence[tuple[PeerId, Row, RequestFailed]]) -> None:
+        """Report rows that were refused for like reasons together."""
+        groups: dict[object, list[tuple[PeerId, Row, RequestFailed]]] = {}
+        for client, row, exc in refused:
+            reason = (client, exc.code, exc.retry_after_s, exc.expected)
+            groups.setdefault(reason, []).append((client, row, exc))
+        for group in groups.values():
+            client, _, exc = group[0]
+            self._report(client, [row for _, row, _ in group], exc)
 
-    def _send(self, client: PeerId, message: Message, priority: Priority) -> None:
-        if self._tasks is None or self._unsent[client] >= MAX_UNSENT:
-            logger.warning("output not sent client=%s unsent=%d", client.short, MAX_UNSENT)
+    def _report(self, client: PeerId, rows: Iterable[Row], exc: RequestFailed) -> None:
+        rows = tuple(rows)
+        for start in range(0, len(rows), ROWS_PER_REPORT):
+            some = rows[start : start + ROWS_PER_REPORT]
+            logger.info("step refused client=%s rows=%d error=%s", client.short, len(some), exc)
+            message = HopFailed(
+                some,
+                exc.code,
+                exc.message[:MAX_TEXT],
+                retry_after_s=exc.retry_after_s,
+                expected=exc.expected,
+            )
+            self._send(client, message, Priority.CONTROL)
+
+    def _send(self, client: PeerId, message: Output | HopFailed, priority: Priority) -> None:
+        """Push it to the client if too much is not on its way there already.
+
+        An output that is left out is still kept: the client may ask for it again.
+        """
+        num_bytes = len(message.tensor.data) if isinstance(message, Output) else 0
+        unsent_bytes = self._unsent_bytes[client]
+        is_full = unsent_bytes and unsent_bytes + num_bytes > MAX_UNSENT_BYTES
+        if self._tasks is None or is_full or self._unsent[client] >= MAX_UNSENT:
+            logger.warning("message not sent client=%s bytes=%d", client.short, num_bytes)
             return
         self._unsent[client] += 1
-        self._tasks.create_task(self._push(client, message, priority))
+        self._unsent_bytes[client] += num_bytes
+        self._tasks.create_task(self._push(client, message, num_bytes, priority))
 
-    async def _push(self, client: PeerId, message: Message, priority: Priority) -> None:
+    async def _push(
+        self, client: PeerId, message: Message, num_bytes: int, priority: Priority
+    ) -> None:
         try:
             await self._endpoint.push(client, message, timeout_s=SEND_TIMEOUT_S, priority=priority)
         except P2PLLMError as exc:
-            logger.info("output lost client=%s reason=%s", client.short, exc)
+            logger.info("message lost client=%s reason=%s", client.short, exc)
         finally:
             self._unsent[client] -= 1
+            self._unsent_bytes[client] -= num_bytes
             if not self._unsent[client]:
-                del self._unsent[client]
+                del self._unsent[client], self._unsent_bytes[client]
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+def _source(step: Step, session: Session[Output], now: float) -> StepInput:
+    """The rows of a step that are the session's client's."""
+    deadline = now + step.budget_s if step.budget_s else math.inf
+    return StepInput(step.tensor, session.client, session.request, deadline)
+
+
+def _priority(row: Row) -> Priority:
+    """What the outputs of a row, and of those that came with it, travel with."""
+    return Priority.DECODE if row.num_tokens <= DECODE_TOKENS else Priority.PREFILL

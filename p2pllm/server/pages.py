@@ -48,6 +48,10 @@ class PageAllocator:
         """Pages that a peer's sessions hold together."""
         return self._held[peer]
 
+    def is_within_quota(self, peer: PeerId, num_pages: int) -> bool:
+        """May `peer` hold that many more pages also while others wait?"""
+        return self._held[peer] + num_pages <= self.quota_pages
+
     def may_hold(
         self, peer: PeerId, num_pages: int, *, others_wait: bool, returned: int = 0
     ) -> bool:
@@ -55,7 +59,7 @@ class PageAllocator:
 
         `returned` is how many of its pages it would give back first.
         """
-        within_quota = self._held[peer] - returned + num_pages <= self.quota_pages
+        within_quota = self.is_within_quota(peer, num_pages - returned)
         return num_pages <= len(self._free) + returned and (within_quota or not others_wait)
 
     def allocate(self, peer: PeerId, num_pages: int) -> tuple[int, ...]:

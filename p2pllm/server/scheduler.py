@@ -7,12 +7,13 @@ time at most and is never starved itself (Sarathi, arXiv 2308.16369).
 
 A session's rows stay in order, whatever their lengths: only its oldest is in line, for each needs
 the cache that the one before leaves. Fairness: peers take turns at the prefills, a chunk each.
-Bounded: beyond `max_rows` waiting, `Busy` says when to come back.
+Bounded: beyond `max_rows` waiting, `Busy` says when to come back; to a client that has rows waiting
+already, beyond a quarter of them, so that nobody fills the queue alone.
 
 Pure: it orders values; `p2pllm.server.worker` computes.
 """
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -84,7 +85,7 @@ class Scheduler:
     _rows: dict[SessionId, deque[Task]] = field(default_factory=dict)
     _decode: OrderedDict[SessionId, None] = field(default_factory=OrderedDict)
     _prefill: OrderedDict[PeerId, OrderedDict[SessionId, None]] = field(default_factory=OrderedDict)
-    _num_rows: int = 0
+    _num_rows: Counter[PeerId] = field(default_factory=Counter)  # waiting, by client
     _prefill_is_due: bool = False
     _wait_s: MovingAverage = field(default_factory=MovingAverage)
 
@@ -96,7 +97,7 @@ class Scheduler:
             )
 
     def __len__(self) -> int:
-        return self._num_rows
+        return self._num_rows.total()
 
     @property
     def queue_s(self) -> float:
@@ -106,23 +107,39 @@ class Scheduler:
     def add(self, tasks: Iterable[Task]) -> None:
         """Queue rows; raises Busy, with none of them queued, if there are too many."""
         tasks = list(tasks)
-        if len(self) + len(tasks) > self.max_rows:
-            raise Busy(f"{len(self)} rows wait here", retry_after_s=max(self.queue_s, 0.05))
-        self._num_rows += len(tasks)
+        self._check_room(Counter(task.client for task in tasks))
         for task in tasks:
+            self._num_rows[task.client] += 1
             session = task.row.session
             self._rows.setdefault(session, deque()).append(task)
             if len(self._rows[session]) == 1:
                 self._line_up(session)
 
-    def cancel(self, session: SessionId) -> list[Task]:
-        """Take a session's waiting rows out; returns them."""
-        tasks = self._rows.pop(session, None)
-        if tasks is None:
+    def _check_room(self, added: Counter[PeerId]) -> None:
+        for client, count in added.items():
+            waiting = self._num_rows[client]
+            if waiting and waiting + count > self.max_rows // 4:
+                raise Busy(f"{waiting} rows of yours wait here", retry_after_s=self._retry_after_s)
+        if len(self) + added.total() > self.max_rows:
+            raise Busy(f"{len(self)} rows wait here", retry_after_s=self._retry_after_s)
+
+    @property
+    def _retry_after_s(self) -> float:
+        return max(self.queue_s, 0.05)
+
+    def cancel(self, session: SessionId, from_step: int = 0) -> list[Task]:
+        """Take a session's waiting rows out, those of `from_step` and later; returns them."""
+        waiting = self._rows.get(session)
+        if waiting is None:
             return []
-        self._num_rows -= len(tasks)
-        self._step_out(session, tasks[0].client)
-        return list(tasks)
+        client, cancelled = waiting[0].client, deque[Task]()
+        while waiting and waiting[-1].row.step >= from_step:
+            cancelled.appendleft(waiting.pop())
+        self._count_down(client, len(cancelled))
+        if not waiting:
+            del self._rows[session]
+            self._step_out(session, client)
+        return list(cancelled)
 
     def next_batch(self, now: float) -> Batch | None:
         """The rows to compute now, or None if none wait."""
@@ -171,12 +188,17 @@ class Scheduler:
         """A row is handed out wholly: the session's next one, if any, gets in line, at the end."""
         session = task.row.session
         self._step_out(session, task.client)
-        self._num_rows -= 1
+        self._count_down(task.client, 1)
         self._rows[session].popleft()
         if self._rows[session]:
             self._line_up(session)
         else:
             del self._rows[session]
+
+    def _count_down(self, client: PeerId, count: int) -> None:
+        self._num_rows[client] -= count
+        if not self._num_rows[client]:
+            del self._num_rows[client]
 
     def _line_up(self, session: SessionId) -> None:
         task = self._rows[session][0]

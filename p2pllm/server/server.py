@@ -10,6 +10,7 @@ them, and only then announces itself: whoever finds a server in the DHT can use 
 
 import asyncio
 import logging
+import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from p2pllm.ids import ModelId
 from p2pllm.model.checkpoint import Checkpoint, open_checkpoint
 from p2pllm.model.config import ModelConfig
 from p2pllm.model.device import choose_device, choose_dtype, numerics_of
-from p2pllm.model.executor import DeviceThread, Executor
+from p2pllm.model.executor import Executor, executor_or_thread
 from p2pllm.model.families.family import Weights
 from p2pllm.model.hub import resolve_model
 from p2pllm.model.span_model import SpanCompute, SpanModel
@@ -40,6 +41,7 @@ from p2pllm.spans import Span
 from p2pllm.swarm.node import Node
 from p2pllm.swarm.tracker import read_presences
 from p2pllm.swarm.view import Measurements, build_view
+from p2pllm.tasks import task_group
 from p2pllm.version import __version__
 from p2pllm.wire.messages import Output
 
@@ -159,27 +161,27 @@ class Server:
         network: Network,
         clock: Clock | None = None,
         executor: Executor | None = None,
+        rng: random.Random | None = None,
         on_progress: LoadProgress | None = None,
     ) -> AsyncIterator["Server"]:
         """Join, load, measure and announce; serves until the block is left.
+
+        Without an `executor` it computes in a thread of its own. An error of the body is raised
+        as it is.
 
         Raises ConfigError (a span that the model does not have), CheckpointError, or
         TransportError (the port is taken, no peer answers).
         """
         settings, clock = config.server, clock or SystemClock()
-        thread = executor or DeviceThread("p2pllm-device")
         check_choice(choice, source.config.num_blocks)
-        try:
-            async with Node.open(config, identity, network=network, clock=clock) as node:
+        with executor_or_thread(executor, "p2pllm-device") as device:
+            async with Node.open(config, identity, network=network, clock=clock, rng=rng) as node:
                 await node.join()
                 span = await _choose(node, source, choice, settings)
-                model = await thread.run(lambda: source.load_span(span, settings, on_progress))
-                server = await cls._prepare(node, source, model, settings, thread, clock)
+                model = await device.run(lambda: source.load_span(span, settings, on_progress))
+                server = await cls._prepare(node, source, model, settings, device, clock)
                 async with server._running():
                     yield server
-        finally:
-            if isinstance(thread, DeviceThread):
-                thread.close()
 
     @classmethod
     async def _prepare(
@@ -235,7 +237,7 @@ class Server:
     @asynccontextmanager
     async def _running(self) -> AsyncIterator[None]:
         """Serve; on leaving, withdraw the announcement before the transport closes."""
-        async with asyncio.TaskGroup() as tasks:
+        async with task_group() as tasks:
             running = [
                 tasks.create_task(self.worker.run()),
                 tasks.create_task(self.service.run()),

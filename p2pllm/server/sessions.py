@@ -4,10 +4,12 @@ A session is one sequence's keys and values in this server's blocks, reserved by
 while it is used within its lease. Three rules keep it right whatever the network does
 (docs/architecture.md, "Fencing and order"):
 
-- **Epochs.** Every change of route raises the epoch. A request with an older one comes from a
-  route that was given up, and is refused.
-- **Steps apply once.** Step numbers rise by one. A repeated step is not computed again: its kept
-  output is sent again. Outputs are kept until the client acknowledges them, at most `WINDOW`.
+- **Epochs.** Every change of route raises the epoch, and so does a client that gave a step up. A
+  request with an older one comes from what was given up, and is refused.
+- **Steps apply once.** Step numbers rise by one; only the first of an epoch may leave some out,
+  those that were given up before they came here. A repeated step is not computed again: its kept
+  output is sent again. Outputs are kept until the client acknowledges them, at most `WINDOW` of a
+  session and `MAX_KEPT_BYTES` in all.
 - **Position says where.** A new step at `position < length` truncates first (a rollback); one at
   `position > length` is `OutOfOrder`.
 
@@ -35,6 +37,7 @@ from p2pllm.spans import Span
 from p2pllm.wire.messages import Open, Row
 
 WINDOW = 16  # steps of one session under way or kept: a pipelined prefill needs hops + 2
+MAX_KEPT_BYTES = 256 * 2**20  # of outputs not acknowledged; beyond, the oldest are dropped
 
 OutputT = TypeVar("OutputT")
 
@@ -53,6 +56,7 @@ class Session(Generic[OutputT]):
     expires: float
     length: int = 0
     last_step: int | None = None
+    may_skip: bool = False  # no step of this epoch was accepted yet: numbers may be left out
     running: dict[int, Row] = field(default_factory=dict)  # accepted, output not there yet
     asked_again: set[int] = field(default_factory=set)  # running steps that came once more
     kept: OrderedDict[int, OutputT] = field(default_factory=OrderedDict)
@@ -81,6 +85,8 @@ class SessionTable(Generic[OutputT]):
         self._max_sessions = max_sessions
         self._lease_s = lease_s
         self._sessions: dict[SessionId, Session[OutputT]] = {}
+        self._kept: OrderedDict[tuple[SessionId, int], int] = OrderedDict()  # bytes, oldest first
+        self._kept_bytes = 0
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -162,6 +168,10 @@ class SessionTable(Generic[OutputT]):
             self._authorise(held, client, epoch)
             self._drop(held)
 
+    def is_within_quota(self, peer: PeerId, num_pages: int) -> bool:
+        """Could `peer` hold that many more pages while others wait?"""
+        return self._pages.is_within_quota(peer, num_pages)
+
     def expire(self, now: float) -> list[Session[OutputT]]:
         """Drop the sessions whose lease is over; returns which."""
         over = [s for s in self._sessions.values() if s.expires <= now and not s.running]
@@ -176,6 +186,8 @@ class SessionTable(Generic[OutputT]):
 
     def _drop(self, session: Session[OutputT]) -> None:
         del self._sessions[session.id]
+        for step in list(session.kept):
+            self._let_go(session, step)
         self._pages.release(session.client, session.pages)
 
     # --- steps ---------------------------------------------------------------------------
@@ -192,19 +204,24 @@ class SessionTable(Generic[OutputT]):
             raise SessionUnknown(f"session {row.session} is not open here")
         self._authorise_push(session, row, sender, token)
         session.expires = now + self._lease_s
-        _acknowledge(session, row.acked)
+        while session.kept and next(iter(session.kept)) <= row.acked:
+            self._let_go(session, next(iter(session.kept)))
         last = session.last_step
         if last is not None and row.step <= last:
             return self._repeat(session, row)
         self._check_order(session, row)
         session.last_step, session.length = row.step, row.position + row.num_tokens
+        session.may_skip = False
         session.running[row.step] = row
         return Accepted(row)
 
-    def on_output(self, row: Row, output: OutputT, now: float) -> Session[OutputT] | None:
+    def on_output(
+        self, row: Row, output: OutputT, now: float, num_bytes: int = 0
+    ) -> Session[OutputT] | None:
         """Keep a computed row's output; returns the session if the output should be sent.
 
-        None: the session is gone, or its newer epoch has not asked for this step.
+        `num_bytes` is its size. None: the session is gone, or its newer epoch has not asked for
+        this step.
         """
         session = self._sessions.get(row.session)
         if session is None or session.running.get(row.step) != row:
@@ -212,11 +229,23 @@ class SessionTable(Generic[OutputT]):
         is_wanted = row.epoch == session.epoch or row.step in session.asked_again
         del session.running[row.step]
         session.asked_again.discard(row.step)
-        session.kept[row.step] = output
-        while len(session.kept) > WINDOW:
-            session.kept.popitem(last=False)
+        self._keep(session, row.step, output, num_bytes)
         session.expires = now + self._lease_s
         return session if is_wanted else None
+
+    def _keep(self, session: Session[OutputT], step: int, output: OutputT, num_bytes: int) -> None:
+        session.kept[step] = output
+        self._kept[session.id, step] = num_bytes
+        self._kept_bytes += num_bytes
+        if len(session.kept) > WINDOW:
+            self._let_go(session, next(iter(session.kept)))
+        while self._kept_bytes > MAX_KEPT_BYTES and len(self._kept) > 1:
+            oldest, old_step = next(iter(self._kept))
+            self._let_go(self._sessions[oldest], old_step)
+
+    def _let_go(self, session: Session[OutputT], step: int) -> None:
+        del session.kept[step]
+        self._kept_bytes -= self._kept.pop((session.id, step))
 
     def on_failed(self, row: Row) -> Session[OutputT] | None:
         """A row could not be computed: the cache ends before it, and later steps are off."""
@@ -261,16 +290,20 @@ class SessionTable(Generic[OutputT]):
         if epoch < session.epoch:
             raise StaleEpoch(f"epoch {epoch} of session {session.id}; it is at {session.epoch}")
 
+    def may_push(self, session: Session[OutputT], sender: PeerId, token: bytes) -> bool:
+        """Is it the session's client, or somebody with its push token?"""
+        expected = session.request.push_token  # empty: nobody but the client pushes
+        is_trusted = bool(expected) and hmac.compare_digest(token, expected)
+        return sender == session.client or is_trusted
+
     def _authorise_push(
         self, session: Session[OutputT], row: Row, sender: PeerId, token: bytes
     ) -> None:
         """The client may step its own session; anyone else needs the session's push token."""
-        if sender != session.client:
-            expected = session.request.push_token  # empty: nobody but the client pushes
-            if not expected or not hmac.compare_digest(token, expected):
-                raise Forbidden(f"a wrong push token for session {row.session}")
-            if row.epoch > session.epoch:
-                raise SessionUnknown(f"epoch {row.epoch} of session {row.session} is not open")
+        if not self.may_push(session, sender, token):
+            raise Forbidden(f"a wrong push token for session {row.session}")
+        if sender != session.client and row.epoch > session.epoch:
+            raise SessionUnknown(f"epoch {row.epoch} of session {row.session} is not open")
         if row.epoch < session.epoch:
             raise StaleEpoch(
                 f"epoch {row.epoch} of session {row.session}; it is at {session.epoch}"
@@ -281,7 +314,8 @@ class SessionTable(Generic[OutputT]):
         last = session.last_step
         if row.num_tokens < 1 or row.position < 0 or row.step < 0:
             raise BadRequest("a row needs tokens, a position and a step number")
-        if row.position > session.length or (last is not None and row.step != last + 1):
+        is_next = last is None or row.step == last + 1 or session.may_skip
+        if row.position > session.length or not is_next:
             raise OutOfOrder(
                 f"step {row.step} at position {row.position}; step "
                 f"{0 if last is None else last + 1} at {session.length} is next",
@@ -310,9 +344,5 @@ class SessionTable(Generic[OutputT]):
 def _raise_epoch(session: Session[OutputT], epoch: int) -> None:
     if epoch > session.epoch:
         session.epoch = epoch
+        session.may_skip = True
         session.asked_again.clear()  # that was an older route asking
-
-
-def _acknowledge(session: Session[OutputT], acked: int) -> None:
-    while session.kept and next(iter(session.kept)) <= acked:
-        session.kept.popitem(last=False)

@@ -6,11 +6,13 @@ and one back per batch; torch releases the interpreter lock while it multiplies.
 overlap, so the order in which the scheduler gives a session's rows is the order in which its
 cache is written.
 
-A row with NaN or infinity in it fails alone, before its batch is computed.
+A row with NaN or infinity in it fails alone, before its batch is computed; so does one whose
+client has given up waiting. What waits is bounded in bytes, and a client's share of it too.
 """
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from p2pllm.clock import Clock
-from p2pllm.errors import BadRequest, CodecError, RemoteFault, RequestFailed
+from p2pllm.errors import BadRequest, Busy, CodecError, RemoteFault, RequestFailed
 from p2pllm.ids import PeerId, SessionId
 from p2pllm.metrics import Histogram
 from p2pllm.model.executor import Executor
@@ -30,6 +32,10 @@ from p2pllm.wire.messages import HopTiming, Open, Row
 from p2pllm.wire.tensors import WireTensor
 
 logger = logging.getLogger(__name__)
+
+MAX_HELD_BYTES = 512 * 2**20  # of coded inputs that wait
+MAX_HELD_BYTES_PER_CLIENT = MAX_HELD_BYTES // 4  # beyond its first message
+RETRY_AFTER_S = 0.5
 
 
 @dataclass(eq=False)
@@ -44,17 +50,31 @@ class _RowInput:
 
 @dataclass(eq=False)
 class StepInput:
-    """One step message: its tensor, coded, and the tasks made of its rows."""
+    """One client's rows of a step message: its tensor, coded, and the tasks made of its rows."""
 
     tensor: WireTensor
-    opening: Open | None = None  # how the outputs are to be coded
+    client: PeerId
+    opening: Open  # how the outputs are to be coded
+    deadline: float  # nobody waits for the outputs after it
     inputs: dict[Task, _RowInput] = field(default_factory=dict)
-    hidden: Tensor | None = None  # decoded by the device thread when first needed
+    decoded: Tensor | None = None  # by the device thread, when first needed
+    error: str = ""  # why it could not be
 
-    def add(self, task: Task, offset: int, pages: tuple[int, ...], opening: Open) -> None:
+    def add(self, task: Task, offset: int, pages: tuple[int, ...]) -> None:
         """Say that `task` is the rows of the tensor from `offset` on."""
-        self.opening = opening
         self.inputs[task] = _RowInput(self, offset, pages)
+
+    def hidden(self, dtype: torch.dtype) -> Tensor:
+        """The whole tensor, decoded once; raises BadRequest, each time, if that fails."""
+        if self.error:
+            raise BadRequest(self.error)
+        if self.decoded is None:
+            try:
+                self.decoded = decode_tensor(self.tensor, dtype=dtype)
+            except CodecError as exc:
+                self.error = str(exc)
+                raise BadRequest(self.error) from exc
+        return self.decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +122,7 @@ class Worker:
         self._executor = executor
         self._clock = clock
         self._inputs: dict[Task, _RowInput] = {}
+        self._held_bytes: Counter[PeerId] = Counter()  # of what waits, by client
         self._wake = asyncio.Event()
         self.on_results: Callable[[Sequence[Finished], Sequence[Failed]], None] | None = None
         self.batch_s = Histogram()
@@ -112,18 +133,36 @@ class Worker:
         """How long rows wait lately."""
         return self._scheduler.queue_s
 
-    def add(self, source: StepInput, tasks: Sequence[Task]) -> None:
-        """Queue the rows of a step; raises Busy, with none queued, if too many wait."""
-        self._scheduler.add(tasks)
+    def add(self, source: StepInput) -> None:
+        """Queue the rows of a step; raises Busy, with none queued, if too much waits."""
+        num_bytes, held = len(source.tensor.data), self._held_bytes[source.client]
+        in_all = self._held_bytes.total()
+        if held and held + num_bytes > MAX_HELD_BYTES_PER_CLIENT:
+            raise Busy(f"{held} bytes of yours wait here", retry_after_s=RETRY_AFTER_S)
+        if in_all and in_all + num_bytes > MAX_HELD_BYTES:
+            raise Busy(f"{in_all} bytes wait here", retry_after_s=RETRY_AFTER_S)
+        self._scheduler.add(source.inputs)
         self._inputs.update(source.inputs)
+        self._held_bytes[source.client] += num_bytes
         self._wake.set()
 
-    def cancel(self, session: SessionId) -> list[Row]:
-        """Forget a session's waiting rows; returns them."""
-        tasks = self._scheduler.cancel(session)
+    def cancel(self, session: SessionId, from_step: int = 0) -> list[Row]:
+        """Forget a session's waiting rows from a step on; returns them."""
+        tasks = self._scheduler.cancel(session, from_step)
         for task in tasks:
-            self._inputs.pop(task, None)
+            self._forget(task)
         return [task.row for task in tasks]
+
+    def _forget(self, task: Task) -> None:
+        row_input = self._inputs.pop(task, None)
+        if row_input is None:
+            return
+        source = row_input.source
+        del source.inputs[task]
+        if not source.inputs:
+            self._held_bytes[source.client] -= len(source.tensor.data)
+            if not self._held_bytes[source.client]:
+                del self._held_bytes[source.client]
 
     async def copy_pages(
         self, source: Sequence[int], target: Sequence[int], num_tokens: int
@@ -145,7 +184,7 @@ class Worker:
         started = self._now()
         inputs = [self._inputs[piece.task] for piece in batch.pieces]
         try:
-            done = await self._executor.run(lambda: self._compute(batch, inputs))
+            done = await self._executor.run(lambda: self._compute(batch, inputs, started))
         except Exception:
             logger.exception("batch failed span=%s rows=%d", batch.span, len(batch.pieces))
             error = RemoteFault("the computation failed at the server")
@@ -174,9 +213,9 @@ class Worker:
         failed = [Failed(task.client, task.row, error) for task, error in done.failed]
         for piece in batch.pieces:
             if piece.is_last:
-                self._inputs.pop(piece.task, None)
+                self._forget(piece.task)
         for task, _ in done.failed:
-            self._inputs.pop(task, None)
+            self._forget(task)
         assert self.on_results is not None, "the service binds itself before it runs"
         self.on_results(finished, failed)
 
@@ -186,14 +225,14 @@ class Worker:
     # --- in the device thread --------------------------------------------------------------
 
     @torch.inference_mode()
-    def _compute(self, batch: Batch, inputs: Sequence[_RowInput]) -> _Done:
+    def _compute(self, batch: Batch, inputs: Sequence[_RowInput], now: float) -> _Done:
         failed: list[tuple[Task, RequestFailed]] = []
         pieces: list[tuple[Piece, _RowInput, Tensor]] = []
         for piece, row_input in zip(batch.pieces, inputs, strict=True):
             try:
-                hidden = self._hidden(piece, row_input)
-            except (BadRequest, CodecError) as exc:
-                failed.append((piece.task, BadRequest(str(exc))))
+                hidden = self._hidden(piece, row_input, now)
+            except RequestFailed as exc:
+                failed.append((piece.task, exc))
             else:
                 pieces.append((piece, row_input, hidden))
         if not pieces:
@@ -206,13 +245,13 @@ class Worker:
         output = self._model.forward(hidden, rows, self._cache, span=batch.span)
         return self._code(pieces, output, failed)
 
-    def _hidden(self, piece: Piece, row_input: _RowInput) -> Tensor:
+    def _hidden(self, piece: Piece, row_input: _RowInput, now: float) -> Tensor:
         """The piece's hidden states (num_tokens, D), decoded and checked."""
-        source = row_input.source
-        if source.hidden is None:
-            source.hidden = decode_tensor(source.tensor, dtype=self._model.dtype)
+        if row_input.source.deadline < now:
+            raise Busy("the step's time was over before its turn came", retry_after_s=RETRY_AFTER_S)
         start = row_input.offset + piece.start
-        hidden = source.hidden[start : start + piece.num_tokens].to(self._model.device)
+        decoded = row_input.source.hidden(self._model.dtype)
+        hidden = decoded[start : start + piece.num_tokens].to(self._model.device)
         if not torch.isfinite(hidden).all():
             raise BadRequest("the step's tensor holds NaN or infinity")
         return hidden
@@ -237,7 +276,6 @@ class Worker:
                     failed.append((piece.task, RemoteFault("the output is not finite")))
         coded = []
         for source, results in ready.items():
-            assert source.opening is not None, "set with the first row"
             packed = torch.cat([result for _, result in results])
             tensor = encode_tensor(
                 packed, source.opening.codec, compress=source.opening.is_compressed

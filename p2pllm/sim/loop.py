@@ -14,7 +14,7 @@ cost is an awaited sleep, else the jumping clock would take a busy thread for id
 import asyncio
 import inspect
 import random
-from collections.abc import Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, NoReturn, TypeVar
 
 from p2pllm.errors import LocalProtocolError
@@ -65,6 +65,11 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def call_soon_threadsafe(self, *args: object, **kwargs: object) -> NoReturn:
         """Refused: there is no other thread."""
         raise LocalProtocolError("no threads on virtual time: use call_soon")
+
+    def _asyncgen_finalizer_hook(self, agen: AsyncGenerator[Any, Any]) -> None:
+        """Close a generator that was dropped; the scheduler's own comes from any thread."""
+        if not self.is_closed():
+            self.call_soon(self.create_task, agen.aclose())
 
     def _process_events(self, events: list[NoReturn]) -> None:
         """Part of the scheduler's contract; there are never any events."""

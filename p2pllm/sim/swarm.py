@@ -36,10 +36,12 @@ from p2pllm.sim.loop import LoopClock
 from p2pllm.sim.network import SimNetwork
 from p2pllm.spans import Span
 from p2pllm.swarm.node import Node
+from p2pllm.tasks import task_group
 
 T = TypeVar("T")
 
 PORT = 31337
+DEVICE_S = 0.001  # what a batch costs
 # All hosts of a test are in one /16, and every simulated node is reachable.
 LAB_DHT = DhtConfig(max_per_group_in_bucket=0, max_per_group_in_table=0)
 LAB_SERVER = ServerConfig(cache_tokens=4096, throughput=1e4)
@@ -48,7 +50,7 @@ LAB_SERVER = ServerConfig(cache_tokens=4096, throughput=1e4)
 class InlineExecutor:
     """Computes on the loop's own thread, after a virtual `cost_s`; in order, as a thread would."""
 
-    def __init__(self, cost_s: float = 0.001) -> None:
+    def __init__(self, cost_s: float = DEVICE_S) -> None:
         self._cost_s = cost_s
         self._turn = asyncio.Lock()  # first come, first served
 
@@ -114,13 +116,13 @@ class SimSwarm:
         self.internet = SimNetwork(line, seed=seed)
         self._rng = random.Random(seed)
         self._clock = LoopClock()
-        self._tasks = asyncio.TaskGroup()
+        self._group = task_group()
         self._running: list[asyncio.Task[None]] = []
         self._num_hosts = 0
         self.entry: Address | None = None
 
     async def __aenter__(self) -> "SimSwarm":
-        await self._tasks.__aenter__()
+        self._tasks = await self._group.__aenter__()
         ready: asyncio.Future[Address] = asyncio.get_running_loop().create_future()
         self._start(self._bootstrap(ready))
         self.entry = await ready
@@ -134,13 +136,15 @@ class SimSwarm:
     ) -> None:
         for task in self._running:
             task.cancel()
-        await self._tasks.__aexit__(kind, exc, traceback)
+        await self._group.__aexit__(kind, exc, traceback)
 
-    async def add_server(self, span: Span, settings: ServerConfig | None = None) -> "SimServer":
-        """Start a server and wait until it serves."""
+    async def add_server(
+        self, span: Span, settings: ServerConfig | None = None, *, device_s: float = DEVICE_S
+    ) -> "SimServer":
+        """Start a server and wait until it serves; its device takes `device_s` for a batch."""
         config = self._config(settings=settings)
         ready: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
-        task = self._start(self._serve(config, span, ready))
+        task = self._start(self._serve(config, span, ready, device_s))
         return SimServer(await ready, config.net.listen_host, task)
 
     @asynccontextmanager
@@ -181,7 +185,13 @@ class SimSwarm:
             ready.set_result(node.addresses[0])
             await asyncio.Event().wait()
 
-    async def _serve(self, config: NodeConfig, span: Span, ready: "asyncio.Future[Server]") -> None:
+    async def _serve(
+        self,
+        config: NodeConfig,
+        span: Span,
+        ready: "asyncio.Future[Server]",
+        device_s: float,
+    ) -> None:
         try:
             async with Server.open(
                 config,
@@ -190,7 +200,8 @@ class SimSwarm:
                 Choice(span),
                 network=self.internet.host(config.net.listen_host),
                 clock=self._clock,
-                executor=InlineExecutor(),
+                executor=InlineExecutor(device_s),
+                rng=self._rng,
             ) as server:
                 ready.set_result(server)
                 await asyncio.Event().wait()

@@ -31,6 +31,7 @@ from p2pllm.net.endpoint import Endpoint
 from p2pllm.net.frames import Priority
 from p2pllm.net.link import Network
 from p2pllm.net.rpc import Request
+from p2pllm.tasks import task_group
 from p2pllm.wire.messages import FindNode, FindValue, Message, Store
 from p2pllm.wire.records import PeerRecord
 
@@ -91,14 +92,20 @@ class Node:
         clock: Clock | None = None,
         rng: random.Random | None = None,
     ) -> AsyncIterator["Node"]:
-        """A running node; on leaving, all its tasks are cancelled and its connections closed."""
+        """A running node; on leaving, all its tasks are cancelled and its connections closed.
+
+        An error of the body is raised as it is.
+        """
         node = await cls.bind(config, identity, network=network, clock=clock, rng=rng)
-        async with asyncio.TaskGroup() as tasks:
-            running = tasks.create_task(node.run())
-            try:
-                yield node
-            finally:
-                running.cancel()
+        try:
+            async with task_group() as tasks:
+                running = tasks.create_task(node.run())
+                try:
+                    yield node
+                finally:
+                    running.cancel()
+        finally:
+            node.endpoint.close()  # again, if we were cancelled before `run` had begun
 
     @property
     def peer_id(self) -> PeerId:
@@ -112,7 +119,7 @@ class Node:
 
     async def run(self) -> None:
         """Own the endpoint, the DHT and the saved table until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
+        async with task_group() as tasks:
             tasks.create_task(self.endpoint.run())
             tasks.create_task(self.dht.run())
             tasks.create_task(self._keep_table())

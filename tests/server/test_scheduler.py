@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -186,12 +188,24 @@ def test_too_many_rows_are_refused_and_none_of_them_is_queued() -> None:
     made = scheduler(task(1), task(2), max_rows=3)
 
     with pytest.raises(Busy) as refusal:
-        made.add([task(3), task(4)])
+        made.add([task(3, client=BOB), task(4, client=BOB)])
 
     assert refusal.value.retry_after_s > 0
     assert len(made) == 2
-    made.add([task(3)])
+    made.add([task(3, client=BOB)])
     assert len(made) == 3
+
+
+def test_a_client_fills_a_quarter_of_the_queue_unless_it_comes_all_at_once() -> None:
+    made = scheduler(*(task(n) for n in range(10)), max_rows=16)
+
+    with pytest.raises(Busy):
+        made.add([task(10)])
+    made.add([task(11 + n, client=BOB) for n in range(4)])
+    with pytest.raises(Busy):
+        made.add([task(15, client=BOB)])
+
+    assert len(made) == 14
 
 
 def test_rows_that_are_computed_make_room() -> None:
@@ -214,6 +228,18 @@ def test_cancelling_a_session_removes_all_its_rows_and_no_others() -> None:
     assert len(made) == 3
     assert made.cancel(mine[0].row.session) == []
     assert {t for batch in drained(made) for t in tasks_of(batch)} == set(others)
+
+
+def test_cancelling_from_a_step_on_leaves_the_earlier_ones() -> None:
+    mine = [task(1, step=0), task(1, 32, step=1), task(1, step=2)]
+    made = scheduler(*mine)
+    session = mine[0].row.session
+
+    assert made.cancel(session, from_step=3) == []
+    assert made.cancel(session, from_step=1) == mine[1:]
+    assert len(made) == 1
+    made.add([task(1, step=1)])
+    assert [t.row.step for batch in drained(made) for t in tasks_of(batch)] == [0, 1]
 
 
 def test_cancelling_in_the_middle_of_a_prompt_ends_it() -> None:
@@ -272,8 +298,13 @@ class Queueing(RuleBasedStateMachine):
             self.steps += 1
             client = self.CLIENTS[session]
             tasks.append(task(session, num_tokens, client=client, span=span, step=self.steps))
-        waiting = len(self.scheduler)
-        if waiting + len(tasks) > self.MAX_ROWS:
+        waiting = Counter(row.client for queued in self.queued.values() for row in queued)
+        added = Counter(new.client for new in tasks)
+        is_greedy = any(
+            waiting[client] and waiting[client] + added[client] > self.MAX_ROWS // 4
+            for client in added
+        )
+        if is_greedy or waiting.total() + len(tasks) > self.MAX_ROWS:
             with pytest.raises(Busy):
                 self.scheduler.add(tasks)
             return
@@ -282,13 +313,18 @@ class Queueing(RuleBasedStateMachine):
             self.queued[session].append(new)
             self.passed_over.setdefault(session, 0)
 
-    @rule(session=st.integers(0, 3))
-    def cancel(self, session: int) -> None:
-        cancelled = self.scheduler.cancel(SessionId(session.to_bytes(16, "big")))
+    @rule(session=st.integers(0, 3), num_kept=st.integers(0, 2))
+    def cancel(self, session: int, num_kept: int) -> None:
+        kept, gone = self.queued[session][:num_kept], self.queued[session][num_kept:]
+        from_step = gone[0].row.step if gone and num_kept else 0
+        cancelled = self.scheduler.cancel(SessionId(session.to_bytes(16, "big")), from_step)
 
-        assert cancelled == self.queued[session]
-        self.queued[session] = []
-        self.passed_over.pop(session, None)
+        if not gone and num_kept:
+            gone, kept = kept, []
+        assert cancelled == gone
+        self.queued[session] = kept
+        if not kept:
+            self.passed_over.pop(session, None)
 
     @rule()
     def compute(self) -> None:

@@ -1,0 +1,61 @@
+"""Task groups that raise one error as itself.
+
+`asyncio.TaskGroup` wraps whatever goes wrong into an ExceptionGroup, also what the body of its own
+`async with` raised. A user of the library who catches CacheFull should not have to look for it
+three groups deep, so all groups that a user's code runs inside of are made here.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@asynccontextmanager
+async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
+    """A TaskGroup without the wrapping.
+
+    An error of the body is raised as it is, whatever the tasks say when they are cancelled for
+    it. A task's error cancels the body and the other tasks, and is raised as it is if it is alone.
+    """
+    error: BaseException | None = None
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            try:
+                yield tasks
+            except asyncio.CancelledError:
+                raise
+            except BaseException as exc:
+                error = exc
+                raise
+    except BaseExceptionGroup as group:
+        if error is None:
+            error = group.exceptions[0] if len(group.exceptions) == 1 else group
+    if error is not None:  # raised here, so that the group is not shown as its context
+        raise error
+
+
+async def finish(tasks: asyncio.TaskGroup, work: Coroutine[Any, Any, T]) -> T:
+    """Await work that must not be left half done: if we are cancelled it goes on in `tasks`."""
+    try:
+        task = tasks.create_task(work)
+    except RuntimeError:  # the group is about to end: nobody is left to go on with it
+        return await work
+    return await asyncio.shield(task)
+
+
+async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run them side by side; the results in order.
+
+    The first to fail cancels the others, and its error is raised as it is.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except BaseExceptionGroup as errors:
+        first = errors.exceptions[0]
+    else:
+        return [task.result() for task in tasks]
+    raise first

@@ -1,0 +1,59 @@
+"""Showing a route, for people and for programs."""
+
+import json
+
+import pytest
+
+from p2pllm.cli import route
+from p2pllm.cli.looking import SeenModel
+from p2pllm.ids import ModelId, PeerId
+from p2pllm.routing.planner import Route, RouteRequest, plan
+from p2pllm.spans import Span
+from p2pllm.swarm.announcements import Presence
+from p2pllm.swarm.view import ServerView, SwarmView
+from p2pllm.wire.messages import Numerics
+from tests.cli.conftest import Terminal
+
+SEEN = SeenModel(ModelId(bytes(32), "tiny"), 4, 8)
+SERVER = ServerView(
+    Presence(
+        PeerId(bytes(32)),
+        Span(0, 4),
+        Numerics("float32"),
+        seconds_per_block_1=0.01,
+        free_tokens=10_000,
+        max_tokens_per_session=1000,
+    ),
+    rtt_s=0.02,
+)
+
+
+def show(terminal: Terminal, monkeypatch: pytest.MonkeyPatch, *more: str) -> str:
+    async def planned(*_: object) -> tuple[SeenModel, Route]:
+        return SEEN, plan(SwarmView(SEEN.model, 4, (SERVER,)), RouteRequest())
+
+    monkeypatch.setattr(route, "_plan", planned)
+    result = terminal.type("route", "--peers", "127.0.0.1:4", *more)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def test_each_term_of_the_cost_is_shown(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = show(terminal, monkeypatch)
+    for name in ("rtt", "transfer", "queue", "compute", "cache wait", "total"):
+        assert name in shown
+    assert "0:4" in shown
+    assert "policy: latency" in shown
+
+
+def test_json_has_the_terms_in_milliseconds(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (hop,) = json.loads(show(terminal, monkeypatch, "--json"))["hops"]
+    assert hop["blocks"] == "0:4"
+    assert hop["decode_ms"]["rtt"] == pytest.approx(20.0)
+    assert hop["decode_ms"]["compute"] == pytest.approx(40.0)
+    terms = ("rtt", "transfer", "queue", "compute", "cache_wait")
+    assert sum(hop["decode_ms"][term] for term in terms) == pytest.approx(hop["decode_ms"]["total"])
