@@ -6,7 +6,7 @@ three groups deep, so all groups that a user's code runs inside of are made here
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -37,12 +37,14 @@ async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
         raise error
 
 
-async def finish(tasks: asyncio.TaskGroup, work: Coroutine[Any, Any, T]) -> T:
+async def finish(tasks: asyncio.TaskGroup, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Await work that must not be left half done: if we are cancelled it goes on in `tasks`."""
+    ahead = work()
     try:
-        task = tasks.create_task(work)
-    except RuntimeError:  # the group is about to end: nobody is left to go on with it
-        return await work
+        task = tasks.create_task(ahead)
+    except RuntimeError:  # the group has ended, or is about to: nobody is left to go on with it
+        ahead.close()
+        return await work()
     return await asyncio.shield(task)
 
 

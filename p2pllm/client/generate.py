@@ -13,6 +13,7 @@ from p2pllm.client.compute import ClientCompute, Drawing
 from p2pllm.client.session import Chain, SessionState
 from p2pllm.errors import LocalProtocolError
 from p2pllm.model.sampling import SamplingParams
+from p2pllm.net.frames import Priority
 from p2pllm.tasks import together
 from p2pllm.wire.tensors import WireTensor
 
@@ -83,7 +84,10 @@ async def prefill(
         async with gate:
             tensor = await compute.embed(chunk, chain.wire)
             wanted = (tail if chunk is chunks[-1] else 1) if tail else 0
-            return await chain.step([state], [len(chunk)], tensor, wanted)
+            # One priority for all: a last chunk of one token must not overtake the others.
+            return await chain.step(
+                [state], [len(chunk)], tensor, wanted, priority=Priority.PREFILL
+            )
 
     outputs = await together(send(chunk) for chunk in chunks)
     return outputs[-1:] if tail else outputs

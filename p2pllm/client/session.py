@@ -176,7 +176,13 @@ class Chain:
             raise
 
     async def step(
-        self, states: Sequence[SessionState], counts: Sequence[int], tensor: WireTensor, tail: int
+        self,
+        states: Sequence[SessionState],
+        counts: Sequence[int],
+        tensor: WireTensor,
+        tail: int,
+        *,
+        priority: Priority = Priority.DECODE,
     ) -> WireTensor:
         """Send the next tokens of some sequences through all hops.
 
@@ -185,8 +191,6 @@ class Chain:
         Raises RequestFailed or TransportError; the sequences are then where they were before.
         """
         rows = [state.next_row(count, tail) for state, count in zip(states, counts, strict=True)]
-        is_decode = max(counts) == 1
-        priority = Priority.DECODE if is_decode else Priority.PREFILL
         try:
             for index, hop in enumerate(self.hops):
                 is_last = index == len(self.hops) - 1
@@ -212,7 +216,7 @@ class Chain:
         async def close_at(hop: Hop) -> None:
             await self.endpoint.request(hop.peer, request, timeout_s=CLOSE_TIMEOUT_S)
 
-        await finish(self.tasks, self._at_every_hop(close_at))
+        await finish(self.tasks, lambda: self._at_every_hop(close_at))
 
     async def _step_at(
         self, hop: Hop, rows: Sequence[Row], tensor: WireTensor, priority: Priority

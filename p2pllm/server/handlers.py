@@ -9,7 +9,7 @@ reaches the client as `HopFailed`.
 import asyncio
 import logging
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from p2pllm.errors import (
     CacheFull,
     Forbidden,
     NotServed,
+    OutOfOrder,
     P2PLLMError,
     RequestFailed,
     SessionUnknown,
@@ -57,6 +58,7 @@ SEND_TIMEOUT_S = 15.0  # the transport gives a peer up after as long
 MAX_UNSENT = 256  # messages on their way to one client; beyond, outputs are only kept
 MAX_UNSENT_BYTES = 64 * 2**20  # of their tensors, beyond the first
 MAX_WAIT_S = 60.0  # the longest that an Open may wait for pages
+HOLD_S = 10.0  # of early steps; a chunk of 2 MiB takes half as long on a link of 4 Mbit/s
 MAX_WAITING = 256  # Opens that wait for pages
 MAX_WAITING_PER_PEER = 32
 ROWS_PER_REPORT = 512  # a body has room for 1024
@@ -70,6 +72,17 @@ class Offer:
     numerics: Numerics
     span: Span
     hidden_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    """One row of a step as it came: from whom, with which token, where in the tensor."""
+
+    step: Step
+    row: Row
+    token: bytes
+    sender: PeerId
+    offset: int
 
 
 @dataclass(eq=False, slots=True)
@@ -118,11 +131,19 @@ class Service:
             try:
                 while True:
                     await asyncio.sleep(EXPIRY_CHECK_S)
-                    for session in self.sessions.expire(self._now()):
-                        logger.info("session expired id=%s", session.id)
-                        self._release(session)
+                    self._expire(self._now())
             finally:
                 self._tasks = None  # the group takes no more
+
+    def _expire(self, now: float) -> None:
+        for session in self.sessions.expire(now):
+            logger.info("session expired id=%s", session.id)
+            self._release(session)
+        for session in self.sessions:
+            overdue = self.sessions.take_held(session, now)
+            if overdue:
+                exc = OutOfOrder("the steps before it did not come", expected=session.length)
+                self._report(session.client, overdue, exc)
 
     # --- sessions ------------------------------------------------------------------------
 
@@ -283,31 +304,55 @@ class Service:
         rows = list(zip(step.rows, tokens, strict=True))
         wrong = self._what_is_wrong(step)
         if wrong is not None:
-            self._report_alike([(self._whom_to_tell(*row, peer), row[0], wrong) for row in rows])
+            whole = [_Arrived(step, row, token, peer, 0) for row, token in rows]
+            self._report_alike([(self._whom_to_tell(item), item.row, wrong) for item in whole])
             return Ack()
-        sources: dict[PeerId, StepInput] = {}  # one: clients do not share messages
-        refused: list[tuple[PeerId, Row, RequestFailed]] = []
-        offset = 0
+        arrived, offset = [], 0
         for row, token in rows:
-            try:
-                seen = self.sessions.on_row(row, peer, token, now)
-            except RequestFailed as exc:
-                refused.append((self._whom_to_tell(row, token, peer), row, exc))
-            else:
-                session = self.sessions.get(row.session)
-                assert session is not None, "on_row raises for unknown sessions"
-                if isinstance(seen, Accepted):
-                    source = sources.get(session.client) or _source(step, session, now)
-                    sources[session.client] = source
-                    task = Task(row, session.client, session.span, now)
-                    source.add(task, offset, session.pages)
-                elif seen.output is not None:
-                    self._send(session.client, seen.output, _priority(row))
+            arrived.append(_Arrived(step, row, token, peer, offset))
             offset += row.num_tokens
+        self._take_in(arrived, now)
+        return Ack()
+
+    def _take_in(self, arrived: Sequence[_Arrived], now: float) -> None:
+        """Judge rows, queue those that are to be computed, and the held ones whose turn it is."""
+        sources: dict[tuple[int, PeerId], StepInput] = {}  # one, unless rows were held
+        refused: list[tuple[PeerId, Row, RequestFailed]] = []
+        waiting = deque(arrived)
+        while waiting:
+            item = waiting.popleft()
+            row = item.row
+            try:
+                seen = self.sessions.on_row(row, item.sender, item.token, now)
+            except OutOfOrder as exc:
+                if not self._hold(item, now):
+                    refused.append((self._whom_to_tell(item), row, exc))
+                continue
+            except RequestFailed as exc:
+                refused.append((self._whom_to_tell(item), row, exc))
+                continue
+            session = self.sessions.get(row.session)
+            assert session is not None, "on_row raises for unknown sessions"
+            if isinstance(seen, Accepted):
+                key = (id(item.step), session.client)
+                source = sources.get(key) or _source(item.step, session, now)
+                sources[key] = source
+                task = Task(row, session.client, session.span, now)
+                source.add(task, item.offset, session.pages)
+                following = self.sessions.next_held(session)
+                if isinstance(following, _Arrived):
+                    waiting.append(following)
+            elif seen.output is not None:
+                self._send(session.client, seen.output, _priority(row))
         for source in sources.values():
             self._queue(source)
         self._report_alike(refused)
-        return Ack()
+
+    def _hold(self, item: _Arrived, now: float) -> bool:
+        """Keep a row that may only be early; the client is told before it gives the step up."""
+        wait_s = min(HOLD_S, item.step.budget_s / 2) if item.step.budget_s else HOLD_S
+        num_bytes = len(item.step.tensor.data)
+        return self.sessions.hold(item.row, item, num_bytes, until=now + wait_s)
 
     def _what_is_wrong(self, step: Step) -> BadRequest | None:
         """Why no row of the step can be computed; None if they can."""
@@ -323,12 +368,12 @@ class Service:
             return BadRequest("a step has one token per row, or none")
         return None
 
-    def _whom_to_tell(self, row: Row, token: bytes, sender: PeerId) -> PeerId:
-        """The session's client if `sender` may speak for it, else the sender itself."""
-        session = self.sessions.get(row.session)
-        if session is not None and self.sessions.may_push(session, sender, token):
+    def _whom_to_tell(self, item: _Arrived) -> PeerId:
+        """The session's client if the sender may speak for it, else the sender itself."""
+        session = self.sessions.get(item.row.session)
+        if session is not None and self.sessions.may_push(session, item.sender, item.token):
             return session.client
-        return sender
+        return item.sender
 
     def _queue(self, source: StepInput) -> None:
         try:
@@ -355,8 +400,10 @@ class Service:
         """
         lost = dict.fromkeys(rows)
         for row in rows:
-            if self.sessions.on_failed(row) is not None:
+            session = self.sessions.on_failed(row)
+            if session is not None:
                 lost.update(dict.fromkeys(self._worker.cancel(row.session, row.step)))
+                lost.update(dict.fromkeys(self.sessions.take_held(session)))
         self._report(client, lost, exc)
 
     def _report_alike(self, refused: Sequence[tuple[PeerId, Row, RequestFailed]]) -> None:

@@ -11,7 +11,8 @@ while it is used within its lease. Three rules keep it right whatever the networ
   output is sent again. Outputs are kept until the client acknowledges them, at most `WINDOW` of a
   session and `MAX_KEPT_BYTES` in all.
 - **Position says where.** A new step at `position < length` truncates first (a rollback); one at
-  `position > length` is `OutOfOrder`.
+  `position > length`, or whose number is not the next, is `OutOfOrder`. The chunks of a prompt
+  follow each other closely and may overtake: a step that is only early is held for a while.
 
 Pure: no clock, no tensors. Outputs are opaque to it.
 """
@@ -38,8 +39,19 @@ from p2pllm.wire.messages import Open, Row
 
 WINDOW = 16  # steps of one session under way or kept: a pipelined prefill needs hops + 2
 MAX_KEPT_BYTES = 256 * 2**20  # of outputs not acknowledged; beyond, the oldest are dropped
+MAX_HELD_BYTES = 128 * 2**20  # of early steps' messages, over all sessions
 
 OutputT = TypeVar("OutputT")
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """An early row: its message as the shell keeps it, what that weighs, and until when."""
+
+    row: Row
+    message: object
+    num_bytes: int
+    until: float
 
 
 @dataclass
@@ -60,6 +72,7 @@ class Session(Generic[OutputT]):
     running: dict[int, Row] = field(default_factory=dict)  # accepted, output not there yet
     asked_again: set[int] = field(default_factory=set)  # running steps that came once more
     kept: OrderedDict[int, OutputT] = field(default_factory=OrderedDict)
+    held: dict[int, _Held] = field(default_factory=dict)  # early steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +100,7 @@ class SessionTable(Generic[OutputT]):
         self._sessions: dict[SessionId, Session[OutputT]] = {}
         self._kept: OrderedDict[tuple[SessionId, int], int] = OrderedDict()  # bytes, oldest first
         self._kept_bytes = 0
+        self._held_bytes = 0
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -113,7 +127,7 @@ class SessionTable(Generic[OutputT]):
         if held is not None:
             self._authorise(held, request.client, request.epoch)
             if held.span == request.span and held.max_tokens >= request.max_tokens:
-                _raise_epoch(held, request.epoch)
+                self._raise_epoch(held, request.epoch)
                 held.request = request
                 held.expires = now + self._lease_s
                 return held
@@ -188,6 +202,7 @@ class SessionTable(Generic[OutputT]):
         del self._sessions[session.id]
         for step in list(session.kept):
             self._let_go(session, step)
+        self.take_held(session)
         self._pages.release(session.client, session.pages)
 
     # --- steps ---------------------------------------------------------------------------
@@ -214,6 +229,42 @@ class SessionTable(Generic[OutputT]):
         session.may_skip = False
         session.running[row.step] = row
         return Accepted(row)
+
+    def hold(self, row: Row, message: object, num_bytes: int, *, until: float) -> bool:
+        """Keep a row that was OutOfOrder because it is early, until the ones before it are here.
+
+        False if it is not early, or there is no room. `next_held` gives `message` back;
+        `take_held` says when `until` is over.
+        """
+        session = self._sessions.get(row.session)
+        if session is None or row.epoch != session.epoch or row.step in session.held:
+            return False
+        is_late = session.last_step is not None and row.step <= session.last_step
+        no_room = self._held_bytes + num_bytes > MAX_HELD_BYTES or len(session.held) >= WINDOW
+        if is_late or no_room:
+            return False
+        session.held[row.step] = _Held(row, message, num_bytes, until)
+        self._held_bytes += num_bytes
+        return True
+
+    def next_held(self, session: Session[OutputT]) -> object | None:
+        """The held row whose turn has come, as it was given to `hold`; None if there is none."""
+        turn = 0 if session.last_step is None else session.last_step + 1
+        held = session.held.pop(turn, None)
+        if held is None:
+            return None
+        self._held_bytes -= held.num_bytes
+        return held.message
+
+    def take_held(self, session: Session[OutputT], overdue_at: float | None = None) -> list[Row]:
+        """Stop holding a session's early rows (only those overdue at a time, if given)."""
+        gone = [
+            held for held in session.held.values() if overdue_at is None or held.until <= overdue_at
+        ]
+        for held in gone:
+            del session.held[held.row.step]
+            self._held_bytes -= held.num_bytes
+        return [held.row for held in gone]
 
     def on_output(
         self, row: Row, output: OutputT, now: float, num_bytes: int = 0
@@ -308,7 +359,7 @@ class SessionTable(Generic[OutputT]):
             raise StaleEpoch(
                 f"epoch {row.epoch} of session {row.session}; it is at {session.epoch}"
             )
-        _raise_epoch(session, row.epoch)  # the client's word on its own route
+        self._raise_epoch(session, row.epoch)  # the client's word on its own route
 
     def _check_order(self, session: Session[OutputT], row: Row) -> None:
         last = session.last_step
@@ -340,9 +391,9 @@ class SessionTable(Generic[OutputT]):
             session.asked_again.add(row.step)
         return Repeated(row, output)
 
-
-def _raise_epoch(session: Session[OutputT], epoch: int) -> None:
-    if epoch > session.epoch:
-        session.epoch = epoch
-        session.may_skip = True
-        session.asked_again.clear()  # that was an older route asking
+    def _raise_epoch(self, session: Session[OutputT], epoch: int) -> None:
+        if epoch > session.epoch:
+            session.epoch = epoch
+            session.may_skip = True
+            session.asked_again.clear()  # that was an older route asking
+            self.take_held(session)  # and those were its steps

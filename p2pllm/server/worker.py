@@ -217,7 +217,10 @@ class Worker:
         for task, _ in done.failed:
             self._forget(task)
         assert self.on_results is not None, "the service binds itself before it runs"
-        self.on_results(finished, failed)
+        try:
+            self.on_results(finished, failed)
+        except Exception:  # one batch's rows are lost, and not the server
+            logger.exception("results not delivered span=%s rows=%d", batch.span, len(batch.pieces))
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

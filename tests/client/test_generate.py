@@ -2,8 +2,7 @@
 
 import asyncio
 import gc
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -11,10 +10,11 @@ from p2pllm.client.generate import Progress
 from p2pllm.client.model import Session, SwarmModel
 from p2pllm.config import ClientConfig
 from p2pllm.errors import BadRequest, ConfigError, LocalProtocolError
-from p2pllm.sim.loop import VirtualLoop, run
+from p2pllm.sim.loop import run
 from p2pllm.sim.swarm import SimServer, SimSwarm
 from p2pllm.spans import Span
 from tests.swarm.raw_client import assert_nothing_left
+from tests.swarm.turns import cancelled_after
 
 HALVES = (Span(0, 2), Span(2, 4))
 SETTINGS = ClientConfig(prefill_chunk_tokens=4, patience_s=5.0)
@@ -42,31 +42,6 @@ def assert_all_clean(servers: list[SimServer], model: SwarmModel) -> None:
     for server in servers:
         assert_nothing_left(server)
     assert not model._exchange._waiters
-
-
-async def cancelled_after(num_steps: int, work: Coroutine[Any, Any, object]) -> bool:
-    """Run `work` and cancel it after as many turns of the loop; was it still running?"""
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, VirtualLoop)
-    task = asyncio.ensure_future(work)
-    left = num_steps
-    turn = loop._run_once  # type: ignore[attr-defined]
-
-    def counted() -> None:
-        nonlocal left
-        turn()
-        left -= 1
-        if left == 0:
-            task.cancel()
-
-    loop._run_once = counted  # type: ignore[attr-defined]
-    try:
-        await asyncio.wait([task])
-    finally:
-        loop._run_once = turn  # type: ignore[attr-defined]
-    if not task.cancelled():
-        task.result()
-    return task.cancelled()
 
 
 def test_a_generation_that_is_cancelled_at_any_turn_of_the_loop_leaves_nothing() -> None:

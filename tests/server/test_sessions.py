@@ -17,7 +17,14 @@ from p2pllm.errors import (
 )
 from p2pllm.ids import ModelId, PeerId, SessionId
 from p2pllm.server.pages import PAGE_TOKENS, PageAllocator
-from p2pllm.server.sessions import WINDOW, Accepted, Repeated, SessionTable
+from p2pllm.server.sessions import (
+    MAX_HELD_BYTES,
+    WINDOW,
+    Accepted,
+    Repeated,
+    Session,
+    SessionTable,
+)
 from p2pllm.spans import Span
 from p2pllm.wire.messages import Numerics, Open, Row
 
@@ -769,3 +776,63 @@ class Network(RuleBasedStateMachine):
 
 TestNetwork = Network.TestCase
 TestNetwork.settings = settings(max_examples=150, stateful_step_count=40)
+
+
+# --- early steps ------------------------------------------------------------------------------
+
+
+def held_session(made: Table) -> Session[str]:
+    session = made.get(ONE)
+    assert session is not None
+    return session
+
+
+def test_an_early_row_is_held_until_its_turn() -> None:
+    made = opened()
+    early = row(step=1, position=10)
+    with pytest.raises(OutOfOrder):
+        made.on_row(early, ALICE, b"", 0.0)
+    assert made.hold(early, "the message", 100, until=5.0)
+    made.on_row(row(step=0, num_tokens=10), ALICE, b"", 0.0)
+    assert made.next_held(held_session(made)) == "the message"
+    assert made.next_held(held_session(made)) is None
+
+
+def test_late_rows_and_second_copies_are_not_held() -> None:
+    made = opened()
+    made.on_row(row(step=0, num_tokens=10), ALICE, b"", 0.0)
+    assert not made.hold(row(step=0), "late", 1, until=5.0)
+    assert made.hold(row(step=2, position=11), "early", 1, until=5.0)
+    assert not made.hold(row(step=2, position=11), "again", 1, until=5.0)
+
+
+def test_held_rows_are_bounded_in_number() -> None:
+    made = opened()
+    for step in range(1, WINDOW + 1):
+        assert made.hold(row(step=step, position=9 + step), "", 1, until=5.0)
+    assert not made.hold(row(step=WINDOW + 1, position=99), "", 1, until=5.0)
+
+
+def test_held_rows_are_bounded_in_bytes_which_come_back() -> None:
+    made = opened()
+    assert not made.hold(row(step=1, position=9), "", MAX_HELD_BYTES + 1, until=5.0)
+    assert made.hold(row(step=1, position=9), "", MAX_HELD_BYTES, until=5.0)
+    assert not made.hold(row(step=2, position=10), "", 1, until=5.0)
+    made.close(ONE, ALICE, 0)
+    made.open(opening(), 0.0)
+    assert made.hold(row(step=1, position=9), "", MAX_HELD_BYTES, until=5.0)
+
+
+def test_overdue_rows_are_let_go() -> None:
+    made = opened()
+    for step, until in ((1, 5.0), (2, 7.0)):
+        assert made.hold(row(step=step, position=9 + step), "", 1, until=until)
+    assert [gone.step for gone in made.take_held(held_session(made), 6.0)] == [1]
+    assert [gone.step for gone in made.take_held(held_session(made))] == [2]
+
+
+def test_rows_of_an_older_epoch_are_let_go() -> None:
+    made = opened()
+    assert made.hold(row(step=1, position=9), "", 1, until=5.0)
+    made.open(opening(epoch=1), 0.0)
+    assert held_session(made).held == {}

@@ -77,6 +77,16 @@ def test_a_long_prompt_is_sent_in_chunks_and_gives_the_same_tokens() -> None:
     with_model(use)
 
 
+@pytest.mark.parametrize("num_tokens", [257, 258, 513, 600])
+def test_a_short_last_chunk_does_not_overtake_the_others(num_tokens: int) -> None:
+    prompt = "x" * num_tokens
+
+    async def use(swarm: SimSwarm, model: SwarmModel) -> None:
+        assert await answer(model, prompt, 3) == swarm.expected(prompt, 3)
+
+    with_model(use)
+
+
 def test_chunks_overlap_between_hops() -> None:
     """Four chunks over three hops take much less than four times one chunk's way."""
 
