@@ -6,7 +6,7 @@ three groups deep, so all groups that a user's code runs inside of are made here
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -37,15 +37,17 @@ async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
         raise error
 
 
-async def finish(tasks: asyncio.TaskGroup, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Await work that must not be left half done: if we are cancelled it goes on in `tasks`."""
-    ahead = work()
+async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Await clean-up that must not be left half done; it should take seconds at most.
+
+    If we are cancelled meanwhile, that takes effect when it is done.
+    """
+    task = asyncio.create_task(work)  # its owner is this call, which does not end before it
     try:
-        task = tasks.create_task(ahead)
-    except RuntimeError:  # the group has ended, or is about to: nobody is left to go on with it
-        ahead.close()
-        return await work()
-    return await asyncio.shield(task)
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
 
 
 async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -8,7 +8,7 @@ import pytest
 
 from p2pllm.errors import CacheFull, P2PLLMError
 from p2pllm.sim.loop import run
-from p2pllm.tasks import finish, task_group, together
+from p2pllm.tasks import task_group, to_the_end, together
 
 
 async def forever() -> None:
@@ -134,21 +134,28 @@ def test_the_first_error_of_things_done_together_is_raised_and_ends_the_others()
     run(main())
 
 
-def test_work_that_must_be_finished_goes_on_when_its_caller_is_cancelled() -> None:
-    done: list[float] = []
+def test_clean_up_is_done_before_a_cancellation_takes_effect() -> None:
+    done: list[str] = []
 
-    async def work() -> None:
+    async def work() -> str:
         await asyncio.sleep(5.0)
-        done.append(asyncio.get_running_loop().time())
+        done.append("work")
+        return "result"
 
     async def main() -> None:
-        async with task_group() as tasks:
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(1.0):
-                    await finish(tasks, work)
-            assert not done
-        assert done == [5.0]
-        await finish(tasks, work)  # nobody is left to own it, but it is done
-        assert done == [5.0, 10.0]
+        assert await to_the_end(work()) == "result"
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await to_the_end(work())
+        assert done == ["work", "work"]
+        assert asyncio.get_running_loop().time() == 10.0
+
+    run(main())
+
+
+def test_an_error_of_the_clean_up_is_raised() -> None:
+    async def main() -> None:
+        with pytest.raises(CacheFull):
+            await to_the_end(fail(CacheFull("full")))
 
     run(main())

@@ -108,7 +108,6 @@ class Swarm:
         await tracker.refresh()
         return SwarmModel(
             endpoint=self.node.endpoint,
-            tasks=self._tasks,
             exchange=self._exchange,
             model_id=parts.model_id,
             config=parts.config,

@@ -290,7 +290,6 @@ class SwarmModel:
         self,
         *,
         endpoint: Endpoint,
-        tasks: asyncio.TaskGroup,
         exchange: Exchange,
         model_id: ModelId,
         config: ModelConfig,
@@ -308,7 +307,6 @@ class SwarmModel:
         self.compute = compute
         self.tracker = tracker
         self.settings = settings
-        self._tasks = tasks
         self._exchange = exchange
         self._wire_dtype = wire_dtype
         self._rng = rng
@@ -513,7 +511,6 @@ class SwarmModel:
         wire = self._wire_format(hops)
         return Chain(
             endpoint=self.endpoint,
-            tasks=self._tasks,
             exchange=self._exchange,
             config=self.settings,
             model=self.model_id,

@@ -23,7 +23,7 @@ from p2pllm.ids import SESSION_ID_BYTES, ModelId, PeerId, SessionId
 from p2pllm.net.endpoint import Endpoint
 from p2pllm.net.frames import Priority
 from p2pllm.spans import Span
-from p2pllm.tasks import finish, together
+from p2pllm.tasks import to_the_end, together
 from p2pllm.wire.messages import Close, Fork, HopTiming, Message, Numerics, Open, Opened, Row, Step
 from p2pllm.wire.tensors import TensorCodec, WireTensor
 
@@ -96,12 +96,10 @@ class Chain:
     """A route in use: hops in order that cover all blocks.
 
     `repack` joins the parts of an answer that came in several messages, in the order of rows.
-    `on_measure` is told what each step cost at each hop. `tasks` owns what outlives a cancelled
-    caller.
+    `on_measure` is told what each step cost at each hop.
     """
 
     endpoint: Endpoint
-    tasks: asyncio.TaskGroup
     exchange: Exchange
     config: ClientConfig
     model: ModelId
@@ -216,7 +214,7 @@ class Chain:
         async def close_at(hop: Hop) -> None:
             await self.endpoint.request(hop.peer, request, timeout_s=CLOSE_TIMEOUT_S)
 
-        await finish(self.tasks, lambda: self._at_every_hop(close_at))
+        await to_the_end(self._at_every_hop(close_at))
 
     async def _step_at(
         self, hop: Hop, rows: Sequence[Row], tensor: WireTensor, priority: Priority

@@ -41,7 +41,7 @@ from p2pllm.spans import Span
 from p2pllm.swarm.node import Node
 from p2pllm.swarm.tracker import read_presences
 from p2pllm.swarm.view import Measurements, build_view
-from p2pllm.tasks import task_group
+from p2pllm.tasks import task_group, to_the_end
 from p2pllm.version import __version__
 from p2pllm.wire.messages import Output
 
@@ -246,7 +246,7 @@ class Server:
             try:
                 yield
             finally:
-                await self.announcer.withdraw()
+                await to_the_end(self.announcer.withdraw())
                 for task in running:
                     task.cancel()
 

@@ -228,6 +228,36 @@ def test_taking_over_with_another_span_begins_from_nothing() -> None:
     with_clients(scenario, device_s=SLOW_S)
 
 
+# --- early steps -------------------------------------------------------------------------------
+
+
+def test_steps_that_overtake_each_other_are_computed_in_order() -> None:
+    async def scenario(server: SimServer, alice: RawClient, bob: RawClient) -> None:
+        await alice.open()
+        for step in (3, 1, 2, 0):
+            await alice.push([row(step, 5 * step, 5)])
+        await alice.answered(4)
+        assert [output.rows[0].step for output in alice.outputs] == [0, 1, 2, 3]
+        whole = torch.cat([alice.tensor(index) for index in range(4)])
+        assert whole.equal(expected(WHOLE, states(20)))
+        assert server.server.worker.tokens_computed == 20
+
+    with_clients(scenario)
+
+
+def test_an_early_step_whose_predecessor_never_comes_is_refused_in_time() -> None:
+    async def scenario(server: SimServer, alice: RawClient, bob: RawClient) -> None:
+        await alice.open()
+        started = asyncio.get_running_loop().time()
+        await alice.push([row(1, 5, 5)], budget_s=8.0)
+        await alice.answered(1)
+        assert alice.failures[0].error == OutOfOrder.code
+        assert alice.failures[0].expected == 0
+        assert asyncio.get_running_loop().time() - started < 6.0
+
+    with_clients(scenario)
+
+
 # --- push tokens -------------------------------------------------------------------------------
 
 
