@@ -24,6 +24,9 @@ if TYPE_CHECKING:  # torch is imported when a swarm is connected, not before
     from p2pllm.client.client import Swarm
     from p2pllm.client.model import Prompt, Session, SwarmModel
     from p2pllm.client.results import GenerationResult
+    from p2pllm.routing.planner import Route
+    from p2pllm.swarm.announcements import ModelListing
+    from p2pllm.swarm.view import SwarmView
 
 T = TypeVar("T")
 
@@ -83,6 +86,10 @@ class SyncSwarm:
         self._swarm = swarm
         self._portal = portal
 
+    def models(self) -> list["ModelListing"]:
+        """What the swarm's servers say they serve, one entry per server."""
+        return self._portal.run(self._swarm.models())
+
     def model(self, name: str | None = None, **options: Any) -> "SyncModel":
         """A model of the swarm; the default model if no name is given."""
         return SyncModel(self._portal.run(self._swarm.model(name, **options)), self._portal)
@@ -95,9 +102,12 @@ class SyncModel:
         self._model = model
         self._portal = portal
 
-    def generate(self, prompt: "Prompt", **options: Any) -> Iterator[str]:
+    def generate(
+        self, prompt: "Prompt", *, session: "SyncSession | None" = None, **options: Any
+    ) -> Iterator[str]:
         """Generate text piece by piece; leaving the loop early frees the servers' memory."""
-        generation = self._model.generate(prompt, **options)
+        inner = session.session if session else None
+        generation = self._model.generate(prompt, session=inner, **options)
         try:
             while (piece := self._portal.run(_next(generation))) is not None:
                 yield piece
@@ -114,6 +124,14 @@ class SyncModel:
         """Logits (T, V) of a token sequence."""
         return self._portal.run(self._model.forward(token_ids))
 
+    def view(self) -> "SwarmView":
+        """The servers of this model as they are now."""
+        return self._portal.run(self._model.view())
+
+    def route(self, **options: Any) -> "Route":
+        """The route that a generation would take now."""
+        return self._portal.run(self._model.route(**options))
+
     @contextmanager
     def session(self, **options: Any) -> Iterator["SyncSession"]:
         """A session to step through by hand."""
@@ -125,21 +143,29 @@ class SyncSession:
     """One sequence's cache along a route; see `p2pllm.client.model.Session`."""
 
     def __init__(self, session: "Session", portal: _Portal) -> None:
-        self._session = session
+        self.session = session
         self._portal = portal
 
     @property
     def position(self) -> int:
         """How many tokens the session holds."""
-        return self._session.position
+        return self.session.position
 
     def step(self, token_ids: Sequence[int]) -> "Tensor":
         """Logits (T, V) of the next tokens."""
-        return self._portal.run(self._session.step(token_ids))
+        return self._portal.run(self.session.step(token_ids))
 
     def rollback(self, position: int) -> None:
         """Forget all tokens from `position` on."""
-        self._session.rollback(position)
+        self.session.rollback(position)
+
+    def fork(self) -> "SyncSession":
+        """A second session with the same tokens; close it when it is done with."""
+        return SyncSession(self._portal.run(self.session.fork()), self._portal)
+
+    def close(self) -> None:
+        """Free the servers' memory; the `with` block of `SyncModel.session` does it by itself."""
+        self._portal.run(self.session.close())
 
 
 async def _next(generation: Any) -> str | None:

@@ -37,6 +37,7 @@ from p2pllm.wire.records import PeerRecord
 
 logger = logging.getLogger(__name__)
 
+CHECK_ADDRESSES_S = 10.0  # peers report at which address they see us as connections come and go
 SAVE_TABLE_S = 60.0  # a restart loses at most a minute of acquaintances
 
 
@@ -123,6 +124,7 @@ class Node:
             tasks.create_task(self.endpoint.run())
             tasks.create_task(self.dht.run())
             tasks.create_task(self._keep_table())
+            tasks.create_task(self._keep_addresses())
 
     async def join(self) -> int:
         """Get to know the swarm through the configured peers and the saved table.
@@ -155,6 +157,16 @@ class Node:
     async def _answer(self, request: Request[Message]) -> Message:
         host = request.remote[0] if request.remote else None
         return await self.dht.handle(request.peer, host, request.message)
+
+    async def _keep_addresses(self) -> None:
+        """Tell the swarm when we learn of other addresses of ours than we told it at first."""
+        said = self.addresses
+        while True:
+            await asyncio.sleep(CHECK_ADDRESSES_S)
+            if self.addresses != said:
+                said = self.addresses
+                logger.info("addresses changed to=%s", ",".join(map(str, said)))
+                self.dht.set_addresses(said, is_public=not self.config.dht.is_client)
 
     def _load_table(self) -> Sequence[PeerId]:
         if not self.config.table_path:
