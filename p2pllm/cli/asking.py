@@ -8,8 +8,10 @@ from p2pllm.cli.nodes import identity_of
 from p2pllm.cli.options import ClientOptions, SamplingOptions, UseOptions
 from p2pllm.cli.terminal import Activity, milliseconds, tell
 from p2pllm.config import ClientConfig, NodeConfig
+from p2pllm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from p2pllm.client.client import Swarm
     from p2pllm.client.model import SwarmModel
     from p2pllm.client.results import GenerationResult
 
@@ -39,12 +41,25 @@ async def swarm_model(
             use.model or None,
             on_progress=lambda done, total: activity.on_bytes("fetching the model", done, total),
         )
+        await _check_is_served(swarm, model)
         missing = model.tracker.view().missing()
         if missing and use.patience:
             spans = ", ".join(str(span) for span in missing)
             activity.clear()
             tell(f"no server for blocks {spans} of {model.model_id}; waiting {use.patience:g} s")
         yield model
+
+
+async def _check_is_served(swarm: "Swarm", model: "SwarmModel") -> None:
+    """Waiting is of no use in a swarm that serves other models only."""
+    if model.tracker.view().servers:
+        return
+    others = sorted({str(listing.model) for listing in await swarm.models()})
+    if others:
+        raise ConfigError(
+            f"nobody here serves {model.model_id}; this swarm serves {', '.join(others)}: name one "
+            "with --model (what follows the @ tells apart files of the same name)"
+        )
 
 
 def has_chat_template(model: "SwarmModel") -> bool:

@@ -33,7 +33,7 @@ class Meter:
         self.is_on = False
 
     def install(self) -> None:
-        run_handle = Handle._run  # type: ignore[attr-defined]
+        run_handle = Handle._run
 
         def measured(handle: Handle) -> None:
             if not self.is_on:
@@ -47,7 +47,7 @@ class Meter:
                 self.slowest.append((used, repr(handle)))
                 self.slowest = sorted(self.slowest, reverse=True)[:NUM_SLOWEST]
 
-        Handle._run = measured  # type: ignore[attr-defined]
+        Handle._run = measured  # type: ignore[method-assign,assignment]
 
     async def tick(self) -> None:
         loop = asyncio.get_running_loop()
