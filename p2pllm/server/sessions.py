@@ -239,9 +239,8 @@ class SessionTable(Generic[OutputT]):
         session = self._sessions.get(row.session)
         if session is None or row.epoch != session.epoch or row.step in session.held:
             return False
-        is_late = session.last_step is not None and row.step <= session.last_step
         no_room = self._held_bytes + num_bytes > MAX_HELD_BYTES or len(session.held) >= WINDOW
-        if is_late or no_room:
+        if no_room or row.step <= _turn(session):  # whose turn it is, and is wrong, stays wrong
             return False
         session.held[row.step] = _Held(row, message, num_bytes, until)
         self._held_bytes += num_bytes
@@ -249,8 +248,7 @@ class SessionTable(Generic[OutputT]):
 
     def next_held(self, session: Session[OutputT]) -> object | None:
         """The held row whose turn has come, as it was given to `hold`; None if there is none."""
-        turn = 0 if session.last_step is None else session.last_step + 1
-        held = session.held.pop(turn, None)
+        held = session.held.pop(_turn(session), None)
         if held is None:
             return None
         self._held_bytes -= held.num_bytes
@@ -368,8 +366,8 @@ class SessionTable(Generic[OutputT]):
         is_next = last is None or row.step == last + 1 or session.may_skip
         if row.position > session.length or not is_next:
             raise OutOfOrder(
-                f"step {row.step} at position {row.position}; step "
-                f"{0 if last is None else last + 1} at {session.length} is next",
+                f"step {row.step} at position {row.position}; step {_turn(session)} "
+                f"at {session.length} is next",
                 expected=session.length,
             )
         if row.position + row.num_tokens > session.max_tokens:
@@ -397,3 +395,8 @@ class SessionTable(Generic[OutputT]):
             session.may_skip = True
             session.asked_again.clear()  # that was an older route asking
             self.take_held(session)  # and those were its steps
+
+
+def _turn(session: Session[OutputT]) -> int:
+    """The number of the step that is next."""
+    return 0 if session.last_step is None else session.last_step + 1

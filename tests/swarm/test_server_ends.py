@@ -18,6 +18,7 @@ from p2pllm.server.server import Choice, Server
 from p2pllm.sim.loop import LoopClock, run
 from p2pllm.sim.swarm import LAB_DHT, LAB_SERVER, PORT, InlineExecutor, SimSwarm
 from p2pllm.spans import Span
+from p2pllm.swarm.node import Node
 from p2pllm.swarm.tracker import read_presences
 from tests.swarm.raw_client import RawClient, raw_client, states
 from tests.swarm.test_session_rules import WHOLE, row
@@ -125,6 +126,18 @@ def test_what_the_owner_of_a_server_raises_comes_out_as_it_is() -> None:
         with pytest.raises(BadRequest, match="mine"):
             async with served(swarm):
                 raise BadRequest("mine")
+
+    with_swarm(scenario)
+
+
+def test_a_node_that_is_left_before_it_has_begun_gives_its_port_back() -> None:
+    async def scenario(swarm: SimSwarm) -> None:
+        config = NodeConfig(net=NetConfig(listen_host=HOST, listen_port=PORT))
+        host = swarm.internet.host(HOST)
+        with pytest.raises(BadRequest):
+            async with Node.open(config, IDENTITY, network=host):
+                raise BadRequest("at once, without an await")
+        assert not host._listeners
 
     with_swarm(scenario)
 

@@ -355,7 +355,9 @@ def test_a_position_past_the_end_is_out_of_order_and_says_what_is_expected() -> 
     async def scenario(server: SimServer, alice: RawClient, bob: RawClient) -> None:
         await alice.open()
         await alice.step(row(0, 0, 3))
+        started = asyncio.get_running_loop().time()
         await alice.step(row(1, 4, 1))
+        assert asyncio.get_running_loop().time() - started < 0.1, "it is not early, but wrong"
         assert alice.failures[0].error == OutOfOrder.code
         assert alice.failures[0].expected == 3
         await alice.step(row(2, 3, 1))  # a number is left out
@@ -796,6 +798,21 @@ def test_two_peers_over_quota_do_not_block_each_other() -> None:
         assert asyncio.get_running_loop().time() - started < 1.0
 
     with_clients(scenario, replace(LAB_SERVER, cache_tokens=12 * PAGE_TOKENS))
+
+
+def test_when_the_first_in_line_gives_up_the_next_one_is_served_at_once() -> None:
+    async def scenario(server: SimServer, alice: RawClient, bob: RawClient) -> None:
+        loop = asyncio.get_running_loop()
+        await alice.open(ONE, max_tokens=3 * PAGE_TOKENS)
+        started = loop.time()
+        impatient = asyncio.ensure_future(bob.open(TWO, max_tokens=2 * PAGE_TOKENS, wait_s=2.0))
+        await asyncio.sleep(0.1)
+        await alice.open(THREE, wait_s=30.0)
+        assert loop.time() - started == pytest.approx(2.0, abs=0.1)
+        with pytest.raises(CacheFull):
+            await impatient
+
+    with_clients(scenario, replace(FOUR_PAGES, max_tokens_per_peer=2 * PAGE_TOKENS))
 
 
 def test_waiting_opens_are_served_in_their_order_and_nobody_slips_in() -> None:
