@@ -67,7 +67,7 @@ class DhtConfig:
     k: int = 20  # bucket size and number of closest nodes
     alpha: int = 10  # parallel queries of an interactive lookup: 3 rounds at 1,000 nodes
     alpha_maintenance: int = 3
-    beta: int = 3  # answers from the closest peers that end a value lookup
+    beta: int = 3  # answers from the closest peers that end the reading of one slot
     replicas: int = 8
     record_ttl_s: float = 120.0
     republish_s: float = 40.0  # ± republish_jitter: two of three may be lost

@@ -4,7 +4,8 @@ Kademlia's lookup (Maymounkov & Mazières 2002, §2.3) with three differences. T
 always busy: whenever one reply is in, the next query goes out, so that a slow or dead peer takes
 up one slot and not a round. At most a few peers of one address group count, so that one network's
 owner cannot fill the list. And a lookup is over when the `quorum` closest peers have answered: all
-k of them to know a neighbourhood, the replicas to store there, beta to read.
+k of them to know a neighbourhood, the replicas to store there or to read all slots of a key, beta
+to read one slot.
 
 Reading merges whatever records come in as a set: of each slot the newest, whoever sent it. Keys
 with many records are read page by page, and a peer has answered when its last page is in.

@@ -488,7 +488,10 @@ class DhtNode:
             del self._reads[flight]
 
     async def _read_now(self, namespace: str, key: bytes, subkey: bytes) -> list[Record]:
-        lookup = self._new_lookup(to_id(key), quorum=self._config.beta, is_urgent=True)
+        # One slot is the same wherever it lies, but a set is known only when every place where
+        # a part of it may lie has been asked: in a young swarm the writers knew different peers.
+        quorum = self._config.beta if subkey else self._config.replicas
+        lookup = self._new_lookup(to_id(key), quorum=quorum, is_urgent=True)
 
         async def ask(query: Query) -> None:
             message = FindValue(namespace, key, subkey, query.cursor, self._sender)

@@ -334,3 +334,15 @@ def test_a_session_that_is_too_short_says_so() -> None:
                 await generation.finish()
 
     with_model(use)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_all_servers_of_a_swarm_that_has_just_begun_are_found(seed: int) -> None:
+    async def scenario() -> None:
+        async with SimSwarm(num_blocks=6, seed=seed) as swarm:
+            for block in range(6):
+                await swarm.add_server(Span(block, block + 1))
+            async with swarm.client() as model:
+                assert len((await model.view()).servers) == 6
+
+    run(scenario())
