@@ -148,6 +148,8 @@ class Node:
         """Who answers at an address; an error if nobody does, None if it is ourselves."""
         if address.peer_id == self.peer_id:
             return None
+        if address.relay is not None:
+            return PeerUnreachable(f"{address}: circuits through relays cannot be dialled yet")
         try:
             return await self.endpoint.connect(address, timeout_s=self.config.net.dial_timeout_s)
         except (TransportError, RemoteProtocolError) as exc:
