@@ -1,7 +1,6 @@
 """`p2pllm serve`: a server of some blocks."""
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,15 +25,12 @@ from p2pllm.cli.params import PEER_ID, SIZE, SPAN, THROUGHPUT
 from p2pllm.cli.runner import serve_until_stopped
 from p2pllm.cli.terminal import Activity
 from p2pllm.config import NodeConfig, ServerConfig
-from p2pllm.ids import ModelId, PeerId
+from p2pllm.ids import PeerId
 from p2pllm.spans import Span
 
 if TYPE_CHECKING:
     from p2pllm.identity import Identity
-    from p2pllm.model.checkpoint import Checkpoint
-    from p2pllm.model.config import ModelConfig
-    from p2pllm.model.span_model import SpanCompute
-    from p2pllm.server.server import Server
+    from p2pllm.server.server import CheckpointSource, Server
 
 DEFAULTS = ServerConfig()
 
@@ -226,45 +222,14 @@ def _describe(server: "Server", network: NodeOptions) -> None:
     click.echo("Ctrl-C stops.")
 
 
-@dataclass(frozen=True, slots=True)
-class _FetchingSource:
-    """A checkpoint whose weights are downloaded when it is known which blocks are needed."""
-
-    name: str
-    checkpoint: "Checkpoint"
-    on_bytes: Callable[[int, int], None]
-
-    @property
-    def config(self) -> "ModelConfig":
-        return self.checkpoint.config
-
-    @property
-    def model_id(self) -> ModelId:
-        return self.checkpoint.model_id
-
-    @property
-    def block_parameters(self) -> int:
-        return self.checkpoint.block_parameters
-
-    def load_span(
-        self,
-        span: Span,
-        settings: ServerConfig,
-        on_progress: Callable[[int, int], None] | None,
-    ) -> "SpanCompute":
-        from p2pllm.model.hub import resolve_model
-        from p2pllm.server.server import CheckpointSource
-
-        resolve_model(self.name, span=span, progress=self.on_bytes)
-        return CheckpointSource(self.checkpoint).load_span(span, settings, on_progress)
-
-
-def _open_source(name: str, activity: Activity) -> _FetchingSource:
+def _open_source(name: str, activity: Activity) -> "CheckpointSource":
     from p2pllm.model.checkpoint import open_checkpoint
-    from p2pllm.model.hub import resolve_model
+    from p2pllm.model.hub import DEFAULT_MODEL, resolve_model
+    from p2pllm.server.server import CheckpointSource
 
     def on_bytes(done: int, total: int) -> None:
         activity.on_bytes("fetching the model", done, total)
 
+    name = name or DEFAULT_MODEL
     checkpoint = open_checkpoint(resolve_model(name, progress=on_bytes))
-    return _FetchingSource(name, checkpoint, on_bytes)
+    return CheckpointSource(checkpoint, name, on_bytes)

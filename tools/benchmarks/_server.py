@@ -9,16 +9,14 @@ left of a step's time is what the software costs per hop.
 
 import asyncio
 import sys
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from p2pllm.addresses import parse_many
 from p2pllm.config import DhtConfig, NetConfig, NodeConfig, ServerConfig
 from p2pllm.identity import Identity
-from p2pllm.ids import ModelId
 from p2pllm.loops import new_event_loop
-from p2pllm.model.checkpoint import Checkpoint, open_checkpoint
+from p2pllm.model.checkpoint import open_checkpoint
 from p2pllm.model.config import ModelConfig
 from p2pllm.model.device import choose_device, choose_dtype
 from p2pllm.model.hub import DEFAULT_MODEL, resolve_model
@@ -57,23 +55,8 @@ class IdentitySpan:
         return hidden.clone()
 
 
-@dataclass(frozen=True)
-class IdentitySource:
+class IdentitySource(CheckpointSource):
     """A checkpoint's identity without its blocks."""
-
-    checkpoint: Checkpoint
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.checkpoint.config
-
-    @property
-    def model_id(self) -> ModelId:
-        return self.checkpoint.model_id
-
-    @property
-    def block_parameters(self) -> int:
-        return self.checkpoint.block_parameters
 
     def load_span(
         self, span: Span, settings: ServerConfig, on_progress: LoadProgress | None
