@@ -24,6 +24,7 @@ from p2pllm.spans import Span
 from p2pllm.wire.messages import Row
 
 DECODE_TOKENS = 8  # rows up to this long count as decode: one token, or a few drafted ones
+FORGET_S = 10.0  # an idle server has no queue, whatever the last one was like
 
 
 @dataclass(eq=False)
@@ -88,6 +89,7 @@ class Scheduler:
     _num_rows: Counter[PeerId] = field(default_factory=Counter)  # waiting, by client
     _prefill_is_due: bool = False
     _wait_s: MovingAverage = field(default_factory=MovingAverage)
+    _served_at: float = float("-inf")
 
     def __post_init__(self) -> None:
         if self.batch_tokens < DECODE_TOKENS or self.chunk_tokens < 1:
@@ -99,10 +101,10 @@ class Scheduler:
     def __len__(self) -> int:
         return self._num_rows.total()
 
-    @property
-    def queue_s(self) -> float:
-        """How long rows have waited lately."""
-        return self._wait_s.get(0.0)
+    def queue_s(self, now: float) -> float:
+        """How long rows have waited lately; 0 once nobody has waited for `FORGET_S`."""
+        is_idle = not self._rows and now - self._served_at > FORGET_S
+        return 0.0 if is_idle else self._wait_s.get(0.0)
 
     def add(self, tasks: Iterable[Task]) -> None:
         """Queue rows; raises Busy, with none of them queued, if there are too many."""
@@ -125,7 +127,7 @@ class Scheduler:
 
     @property
     def _retry_after_s(self) -> float:
-        return max(self.queue_s, 0.05)
+        return max(self._wait_s.get(0.0), 0.05)
 
     def cancel(self, session: SessionId, from_step: int = 0) -> list[Task]:
         """Take a session's waiting rows out, those of `from_step` and later; returns them."""
@@ -152,6 +154,7 @@ class Scheduler:
             if piece.start == 0:
                 piece.task.started_at = now
                 self._wait_s.add(now - piece.task.queued_at)
+                self._served_at = now
         return batch
 
     def _decode_batch(self) -> Batch:

@@ -131,7 +131,7 @@ class Worker:
     @property
     def queue_s(self) -> float:
         """How long rows wait lately."""
-        return self._scheduler.queue_s
+        return self._scheduler.queue_s(self._now())
 
     def add(self, source: StepInput) -> None:
         """Queue the rows of a step; raises Busy, with none queued, if too much waits."""

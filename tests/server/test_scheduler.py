@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from p2pllm.errors import Busy, ConfigError
 from p2pllm.ids import PeerId, SessionId
-from p2pllm.server.scheduler import DECODE_TOKENS, Batch, Scheduler, Task
+from p2pllm.server.scheduler import DECODE_TOKENS, FORGET_S, Batch, Scheduler, Task
 from p2pllm.spans import Span
 from p2pllm.wire.messages import Row
 
@@ -253,12 +253,13 @@ def test_cancelling_in_the_middle_of_a_prompt_ends_it() -> None:
 
 def test_how_long_rows_wait_is_measured_from_queueing_to_their_first_chunk() -> None:
     made = scheduler(task(1, 32, queued_at=10.0))
-    assert made.queue_s == 0.0
+    assert made.queue_s(10.0) == 0.0
 
     batch = made.next_batch(12.0)
-    made.next_batch(99.0)
+    made.next_batch(12.5)
 
-    assert made.queue_s == 2.0
+    assert made.queue_s(13.0) == 2.0
+    assert made.queue_s(13.0 + FORGET_S) == 0.0
     assert tasks_of(batch)[0].started_at == 12.0
 
 
