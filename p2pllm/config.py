@@ -115,6 +115,7 @@ class ClientConfig:
     dtype: str = "auto"
     wire_codec: str = "auto"  # raw, bf16, int8, auto
     view_refresh_s: float = 15.0  # half of it at most in age when a route is planned
+    is_chained: bool = True  # servers push to each other; else all goes through the client
     prefill_chunk_tokens: int = 256
     open_timeout_s: float = 10.0
     step_timeout_s: float = 60.0

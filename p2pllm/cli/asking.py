@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 def client_settings(use: UseOptions) -> ClientConfig:
     """The client's part of the configuration."""
-    return ClientConfig(dtype=use.dtype, wire_codec=use.wire_codec, patience_s=use.patience)
+    return ClientConfig(
+        dtype=use.dtype,
+        wire_codec=use.wire_codec,
+        patience_s=use.patience,
+        is_chained=use.is_chained,
+    )
 
 
 @asynccontextmanager

@@ -23,6 +23,7 @@ from p2pllm.cli.options import (
     ClientOptions,
     SamplingOptions,
     UseOptions,
+    chain_option,
     common_options,
     option,
 )
@@ -58,10 +59,13 @@ KEPT_VARIABLE = "P2PLLM_CACHE"  # where the model is; all other settings are the
     show_default=True,
     help="What all compute in.",
 )
+@chain_option
 @option("--chat", "stay", is_flag=True, help="Stay for a conversation afterwards.")
 @common_options
 @click.pass_context
-def command(ctx: click.Context, prompt: str, max_new_tokens: int, dtype: str, stay: bool) -> None:
+def command(
+    ctx: click.Context, prompt: str, max_new_tokens: int, dtype: str, is_chained: bool, stay: bool
+) -> None:
     """Run a whole swarm on this computer and ask it something.
 
     Fetches the default model, starts a bootstrap node and three servers with a third of the model
@@ -74,7 +78,7 @@ def command(ctx: click.Context, prompt: str, max_new_tokens: int, dtype: str, st
       p2pllm demo --chat
     """
     sampling = SamplingOptions(max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, seed=None)
-    use = UseOptions("", dtype, "auto", patience=30.0)
+    use = UseOptions("", dtype, "auto", patience=30.0, is_chained=is_chained)
     with exit_when_terminated(), Activity() as activity:
         _fetch(activity)
         with _LocalSwarm.running(dtype, activity) as swarm:

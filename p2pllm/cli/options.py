@@ -209,6 +209,14 @@ client_options = _together(
 
 # --- models -----------------------------------------------------------------------------------
 
+chain_option = option(
+    "--chain/--no-chain",
+    "is_chained",
+    default=True,
+    show_default=True,
+    help="Servers push to each other where they can; or all goes through this computer.",
+)
+
 model_option = option(
     "--model",
     metavar="MODEL",
@@ -226,6 +234,7 @@ class UseOptions:
     dtype: str
     wire_codec: str
     patience: float
+    is_chained: bool
 
 
 use_options = _together(
@@ -254,6 +263,7 @@ use_options = _together(
         show_default=True,
         help="How long to wait for missing blocks or free cache.",
     ),
+    chain_option,
 )
 
 

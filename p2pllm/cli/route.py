@@ -9,7 +9,14 @@ import click
 
 from p2pllm.cli.looking import SeenModel, joined, only_one, seen_models, view_of
 from p2pllm.cli.nodes import asking_node
-from p2pllm.cli.options import ClientOptions, client_options, common_options, model_option, option
+from p2pllm.cli.options import (
+    ClientOptions,
+    chain_option,
+    client_options,
+    common_options,
+    model_option,
+    option,
+)
 from p2pllm.cli.runner import run
 from p2pllm.cli.terminal import Activity, milliseconds
 from p2pllm.config import NodeConfig
@@ -48,6 +55,7 @@ COLUMNS = ("server", "blocks", "step", "rtt", "transfer", "queue", "compute", "c
     show_default=True,
     help="What hidden states travel in.",
 )
+@chain_option
 @option("--json", "as_object", is_flag=True, help="Print one JSON object.")
 @common_options
 @click.pass_context
@@ -58,6 +66,7 @@ def command(
     prompt_tokens: int,
     max_new_tokens: int,
     dtype: str,
+    is_chained: bool,
     as_object: bool,
 ) -> None:
     """Show the chain of servers that a request would take, and why.
@@ -72,7 +81,8 @@ def command(
     with Activity() as activity:
         activity.say("asking the swarm")
         sizes = (prompt_tokens, max_new_tokens, ITEMSIZE[dtype])
-        seen, route = run(_plan(asking_node(ctx, network), network, model, sizes))
+        planning = _plan(asking_node(ctx, network), network, model, sizes, is_chained=is_chained)
+        seen, route = run(planning)
     if as_object:
         click.echo(json.dumps(_as_json(seen, route)))
     elif sys.stdout.isatty():
@@ -82,7 +92,12 @@ def command(
 
 
 async def _plan(
-    config: NodeConfig, network: ClientOptions, wanted: str, sizes: tuple[int, int, int]
+    config: NodeConfig,
+    network: ClientOptions,
+    wanted: str,
+    sizes: tuple[int, int, int],
+    *,
+    is_chained: bool,
 ) -> tuple[SeenModel, "Route"]:
     from p2pllm.model.hub import DEFAULT_MODEL
     from p2pllm.routing.planner import RouteRequest, plan
@@ -94,6 +109,7 @@ async def _plan(
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             activation_bytes_per_token=seen.hidden_size * itemsize,
+            relayed=not is_chained,
         )
         return seen, plan(await view_of(node, seen), request)
 

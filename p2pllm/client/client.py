@@ -109,6 +109,7 @@ class Swarm:
         return SwarmModel(
             endpoint=self.node.endpoint,
             exchange=self._exchange,
+            find_record=self.node.dht.find_peer_record,
             model_id=parts.model_id,
             config=parts.config,
             tokenizer=parts.tokenizer,

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from p2pllm.errors import REQUEST_ERRORS, DeadlineExceeded, P2PLLMError, RequestFailed
+from p2pllm.errors import REQUEST_ERRORS, DeadlineExceeded, RequestFailed
 from p2pllm.ids import PeerId, SessionId
 from p2pllm.net.endpoint import Endpoint
 from p2pllm.net.frames import Priority
@@ -21,7 +21,7 @@ from p2pllm.wire.tensors import WireTensor
 
 logger = logging.getLogger(__name__)
 
-_Key = tuple[PeerId, SessionId, int]
+_Key = tuple[SessionId, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,10 @@ class Part:
 
 @dataclass(eq=False)
 class _Waiter:
-    """One step under way: the rows still missing and what has come."""
+    """One step under way: who may answer, the rows still missing and what has come."""
 
+    answerer: PeerId
+    hops: frozenset[PeerId]  # any of them may say that it failed
     missing: set[_Key]
     done: asyncio.Future[tuple[Part, ...]]
     parts: list[Part] = field(default_factory=list)
@@ -52,21 +54,24 @@ class Exchange:
         endpoint.handle(HopFailed, self._on_failed)
 
     async def step(
-        self, peer: PeerId, step: Step, *, timeout_s: float, priority: Priority
+        self, hops: Sequence[PeerId], step: Step, *, timeout_s: float, priority: Priority
     ) -> tuple[Part, ...]:
-        """Push a step to a hop and await the outputs of all its rows.
+        """Push a step to the first of some hops and await the outputs of all rows from the last.
 
-        Raises the RequestFailed that the hop reports, or TransportError.
+        Between them the hops pass it on themselves. Raises the RequestFailed that one of them
+        reports, or TransportError.
         """
-        keys = {(peer, row.session, row.step) for row in step.rows}
-        waiter = _Waiter(set(keys), asyncio.get_running_loop().create_future())
+        keys = {(row.session, row.step) for row in step.rows}
+        done: asyncio.Future[tuple[Part, ...]] = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(hops[-1], frozenset(hops), set(keys), done)
         self._waiters.update(dict.fromkeys(keys, waiter))
         try:
             async with asyncio.timeout(timeout_s):
-                await self._endpoint.push(peer, step, timeout_s=timeout_s, priority=priority)
+                await self._endpoint.push(hops[0], step, timeout_s=timeout_s, priority=priority)
                 return await waiter.done
         except TimeoutError as exc:
-            raise DeadlineExceeded(f"{peer.short} gave no output within {timeout_s:g} s") from exc
+            names = ", ".join(hop.short for hop in hops)
+            raise DeadlineExceeded(f"{names} gave no output within {timeout_s:g} s") from exc
         finally:
             for key in keys:
                 if self._waiters.get(key) is waiter:
@@ -76,13 +81,16 @@ class Exchange:
 
     async def _on_output(self, request: Request[Output]) -> Message:
         output = request.message
+        if output.is_echo:
+            return Ack()
         found = {
             waiter: None
             for row in output.rows
-            if (waiter := self._waiters.get((request.peer, row.session, row.step)))
+            if (waiter := self._waiters.get((row.session, row.step)))
+            and waiter.answerer == request.peer
         }
         for waiter in found:  # one: a server never mixes the rows of two steps
-            _take(waiter, request.peer, Part(output.rows, output.tensor, output.timings))
+            _take(waiter, Part(output.rows, output.tensor, output.timings))
         return Ack()
 
     async def _on_failed(self, request: Request[HopFailed]) -> Message:
@@ -93,20 +101,17 @@ class Exchange:
             retry_after_s=failed.retry_after_s,
             expected=failed.expected,
         )
-        self._fail([(request.peer, row.session, row.step) for row in failed.rows], exc)
+        for row in failed.rows:
+            waiter = self._waiters.get((row.session, row.step))
+            if waiter is not None and request.peer in waiter.hops and not waiter.done.done():
+                waiter.done.set_exception(exc)
         return Ack()
 
-    def _fail(self, keys: Sequence[_Key], exc: P2PLLMError) -> None:
-        for key in keys:
-            waiter = self._waiters.get(key)
-            if waiter is not None and not waiter.done.done():
-                waiter.done.set_exception(exc)
 
-
-def _take(waiter: _Waiter, peer: PeerId, part: Part) -> None:
-    keys = {(peer, row.session, row.step) for row in part.rows}
+def _take(waiter: _Waiter, part: Part) -> None:
+    keys = {(row.session, row.step) for row in part.rows}
     if not keys <= waiter.missing:  # a repeated output, or one that mixes steps
-        logger.debug("output ignored peer=%s rows=%d", peer.short, len(part.rows))
+        logger.debug("output ignored hop=%s rows=%d", waiter.answerer.short, len(part.rows))
         return
     waiter.missing -= keys
     waiter.parts.append(part)

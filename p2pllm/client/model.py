@@ -14,7 +14,7 @@ import itertools
 import logging
 import operator
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -50,6 +50,7 @@ from p2pllm.routing.planner import Route, RouteRequest, plan
 from p2pllm.swarm.tracker import SwarmTracker
 from p2pllm.swarm.view import SwarmView
 from p2pllm.wire.messages import MAX_ITEMS
+from p2pllm.wire.records import Record
 from p2pllm.wire.tensors import DType, TensorCodec
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ logger = logging.getLogger(__name__)
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]  # text, token ids, or chat messages
 
 DEFAULT_SESSION_TOKENS = 2048
+RECORD_FRESH_S = 60.0  # a peer record lives ten minutes, and addresses change seldom
+MAX_RECORDS = 1024
 RETRY_S = 0.1  # before trying elsewhere, doubled each time
 MAX_RETRY_S = 2.0
 MISSING_BLOCKS_POLL_S = 1.0  # how often the DHT is asked again while blocks are missing
@@ -291,6 +294,7 @@ class SwarmModel:
         *,
         endpoint: Endpoint,
         exchange: Exchange,
+        find_record: Callable[[PeerId], Awaitable[Record | None]],
         model_id: ModelId,
         config: ModelConfig,
         tokenizer: TextTokenizer,
@@ -308,6 +312,8 @@ class SwarmModel:
         self.tracker = tracker
         self.settings = settings
         self._exchange = exchange
+        self._find_record = find_record
+        self._records: dict[PeerId, tuple[bytes, float]] = {}  # signed, and when it was read
         self._wire_dtype = wire_dtype
         self._rng = rng
 
@@ -480,7 +486,7 @@ class SwarmModel:
             try:
                 view = await self._fresh_view(is_first=not attempt)
                 route = plan(view, request)
-                chain = self._chain(view, route)
+                chain = await self._chain(view, route)
                 # If it goes to servers without free cache, there are no better ones: we wait there.
                 wait_s = max(view.by_peer[hop.peer_id].cache_wait_s for hop in route.hops)
                 patience_s = max(0.0, deadline - loop.time())
@@ -503,10 +509,12 @@ class SwarmModel:
             await self.tracker.refresh()
         return await self.tracker.fresh_view()
 
-    def _chain(self, view: SwarmView, route: Route) -> Chain:
+    async def _chain(self, view: SwarmView, route: Route) -> Chain:
+        """The route with what its hops need to reach each other."""
+        records = await asyncio.gather(*(self._record_of(hop.peer_id) for hop in route.hops))
         hops = tuple(
-            Hop(hop.peer_id, hop.span, view.by_peer[hop.peer_id].presence.numerics)
-            for hop in route.hops
+            Hop(hop.peer_id, hop.span, view.by_peer[hop.peer_id].presence.numerics, record)
+            for hop, record in zip(route.hops, records, strict=True)
         )
         wire = self._wire_format(hops)
         return Chain(
@@ -519,6 +527,25 @@ class SwarmModel:
             repack=lambda rows, parts: self.compute.repack(rows, parts, wire),
             on_measure=lambda _: None,
         )
+
+    async def _record_of(self, peer: PeerId) -> bytes:
+        """A server's signed peer record, for its predecessor; empty if we relay that link."""
+        if not self.settings.is_chained:
+            return b""
+        now = asyncio.get_running_loop().time()
+        known = self._records.get(peer)
+        if known is not None and now - known[1] < RECORD_FRESH_S:
+            return known[0]
+        try:
+            record = await self._find_record(peer)
+        except LookupFailed as exc:
+            logger.info("peer record not found peer=%s reason=%s", peer.short, exc)
+            return b""
+        found = record.to_bytes() if record is not None else b""
+        if len(self._records) >= MAX_RECORDS:
+            self._records.clear()
+        self._records[peer] = (found, now)
+        return found
 
     def _wire_format(self, hops: Sequence[Hop]) -> WireFormat:
         """The coding that the settings ask for; "auto" looks at size and slowest link."""
@@ -537,7 +564,7 @@ class SwarmModel:
             batch=batch,
             max_tokens=prompt_tokens + new_tokens,
             activation_bytes_per_token=self.config.hidden_size * self._wire_dtype.itemsize,
-            relayed=True,
+            relayed=not self.settings.is_chained,
             seed=int.from_bytes(self.endpoint.peer_id.key[:7], "big"),
         )
 
@@ -577,10 +604,10 @@ class SwarmModel:
             compute_s=timing.compute_s,
             now=now,
         )
-        rtt_s = self.endpoint.rtt_s(peer) or 0.0
-        transfer_s = measure.total_s - timing.queue_s - timing.compute_s - rtt_s
-        measurements.on_transfer(None, peer, measure.num_bytes, transfer_s, now)
-        measurements.on_transfer(peer, None, measure.num_bytes, transfer_s, now)
+        if measure.is_relayed:
+            transfer_s = measure.link_s - (self.endpoint.rtt_s(peer) or 0.0)
+            measurements.on_transfer(None, peer, measure.num_bytes, transfer_s, now)
+            measurements.on_transfer(peer, None, measure.num_bytes, transfer_s, now)
 
 
 def _only_failure(exc: P2PLLMError) -> P2PLLMError | None:

@@ -1,9 +1,12 @@
 """Sessions: sequences whose keys and values live along a route, and the steps through it.
 
 A `Chain` is a route in use. It opens sessions on every hop, carries steps through the hops, and
-closes what it opened, whatever cancels it meanwhile. Here the client relays: it hands each hop's
-output, as the bytes that came, to the next hop. Several sequences of one client go through the
+closes what it opened, whatever cancels it meanwhile. Several sequences of one client go through the
 chain in the same messages.
+
+Hops push to each other where they can: the client hands a step to the first hop of a *segment* and
+gets the output of its last. Where one hop cannot reach the next, a segment ends, and the client
+relays that link: it hands on the output as the bytes that came.
 
 A step that fails or is cancelled half way has gone through some hops and not through others. Its
 sequences then continue under a higher epoch from where all hops stand: that fences off what is
@@ -14,7 +17,8 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from p2pllm.client.exchange import Exchange, Part
 from p2pllm.config import ClientConfig
@@ -24,7 +28,18 @@ from p2pllm.net.endpoint import Endpoint
 from p2pllm.net.frames import Priority
 from p2pllm.spans import Span
 from p2pllm.tasks import to_the_end, together
-from p2pllm.wire.messages import Close, Fork, HopTiming, Message, Numerics, Open, Opened, Row, Step
+from p2pllm.wire.messages import (
+    Close,
+    Fork,
+    HopTiming,
+    Message,
+    Numerics,
+    Open,
+    Opened,
+    Rewire,
+    Row,
+    Step,
+)
 from p2pllm.wire.tensors import TensorCodec, WireTensor
 
 logger = logging.getLogger(__name__)
@@ -41,6 +56,7 @@ class Hop:
     peer: PeerId
     span: Span
     numerics: Numerics
+    record: bytes = b""  # its signed peer record; empty: others are not told how to reach it
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +77,7 @@ class SessionState:
     epoch: int = 0
     next_step: int = 0
     acked: int = -1
+    broken: set[int] = field(default_factory=set)  # hops that could not reach the next one
 
     def next_row(self, num_tokens: int, tail: int) -> Row:
         """The row for the next tokens; the state moves on as if they were through."""
@@ -77,14 +94,15 @@ class SessionState:
 
 @dataclass(frozen=True, slots=True)
 class HopMeasure:
-    """What one step cost at one hop, as the client saw it (`total_s`) and as the hop said."""
+    """What one step cost at one hop: `timing` as the hop said, `link_s` its share of the rest."""
 
     peer: PeerId
     span: Span
     batch: int  # sequences
     num_tokens: int
     num_bytes: int
-    total_s: float
+    link_s: float
+    is_relayed: bool  # then `link_s` is our own link to it, both ways
     timing: HopTiming
 
 
@@ -107,6 +125,17 @@ class Chain:
     wire: WireFormat
     repack: Repack
     on_measure: Callable[[HopMeasure], None]
+    _relayed: set[int] = field(init=False)  # hops whose output comes back to us
+
+    def __post_init__(self) -> None:
+        last = len(self.hops) - 1
+        self._relayed = {i for i in range(last) if not self.hops[i + 1].record} | {last}
+
+    @property
+    def segments(self) -> list[tuple[Hop, ...]]:
+        """The hops, cut where the client relays."""
+        cuts = [0, *(index + 1 for index in sorted(self._relayed))]
+        return [self.hops[start:stop] for start, stop in pairwise(cuts)]
 
     async def open(self, max_tokens: Sequence[int], *, wait_s: float = 0.0) -> list[SessionState]:
         """Reserve room for sequences of these lengths on every hop, all at once.
@@ -122,15 +151,20 @@ class Chain:
             return state
 
         try:
-            return await together(map(open_one, max_tokens))
+            states = await together(map(open_one, max_tokens))
+            await self._relay_broken_links(states)
+            return states
         except BaseException:
             await self.close(opened)
             raise
 
     async def _open_one(self, max_tokens: int, wait_s: float) -> SessionState:
         state = SessionState(_new_session_id(), max_tokens)
+        tokens = [os.urandom(PUSH_TOKEN_BYTES) for _ in self.hops]
 
         async def open_at(hop: Hop) -> None:
+            index = self.hops.index(hop)
+            is_pushing = index not in self._relayed
             request = Open(
                 session=state.id,
                 epoch=state.epoch,
@@ -138,24 +172,57 @@ class Chain:
                 max_tokens=max_tokens,
                 model=self.model,
                 numerics=hop.numerics,
-                push_token=os.urandom(PUSH_TOKEN_BYTES),
+                push_token=tokens[index],
                 client=self.endpoint.peer_id,
+                next_hop=self.hops[index + 1].record if is_pushing else b"",
+                next_token=tokens[index + 1] if is_pushing else b"",
                 codec=self.wire.codec,
                 is_compressed=self.wire.is_compressed,
                 wait_s=wait_s,
             )
-            await self._ask(hop, request, timeout_s=self.config.open_timeout_s + wait_s)
+            opened = await self._ask(hop, request, timeout_s=self.config.open_timeout_s + wait_s)
+            if is_pushing and opened.next_rtt_s < 0:
+                state.broken.add(index)
 
         await self._open_at_every_hop(state, open_at)
         return state
 
+    async def _relay_broken_links(self, states: Sequence[SessionState]) -> None:
+        """Where a hop cannot reach the next one, all sequences come back to us from there.
+
+        Raises OpenFailed.
+        """
+        broken = set().union(*(state.broken for state in states))
+        if not broken:
+            return
+        self._relayed |= broken
+        failures: dict[PeerId, P2PLLMError] = {}
+
+        async def rewire(state: SessionState, index: int) -> None:
+            hop = self.hops[index]
+            logger.info("link relayed after=%s span=%s", hop.peer.short, hop.span)
+            request = Rewire(state.id, state.epoch)
+            try:
+                await self._ask(hop, request, timeout_s=self.config.open_timeout_s)
+            except P2PLLMError as exc:
+                failures[hop.peer] = exc
+
+        await together(rewire(state, index) for state in states for index in broken)
+        if failures:
+            raise OpenFailed(failures)
+
     async def fork(self, source: SessionState) -> SessionState:
         """Copy a sequence at every hop; it must be between steps. Raises OpenFailed."""
-        state = replace(source, id=_new_session_id(), acked=-1)
+        state = replace(source, id=_new_session_id(), acked=-1, broken=set())
+
+        tokens = [os.urandom(PUSH_TOKEN_BYTES) for _ in self.hops]
 
         async def fork_at(hop: Hop) -> None:
-            token = os.urandom(PUSH_TOKEN_BYTES)
-            request = Fork(source.id, source.epoch, state.id, source.position, token)
+            index = self.hops.index(hop)
+            following = b"" if index in self._relayed else tokens[index + 1]
+            request = Fork(
+                source.id, source.epoch, state.id, source.position, tokens[index], following
+            )
             await self._ask(hop, request, timeout_s=self.config.open_timeout_s)
 
         await self._open_at_every_hop(state, fork_at)
@@ -190,10 +257,10 @@ class Chain:
         """
         rows = [state.next_row(count, tail) for state, count in zip(states, counts, strict=True)]
         try:
-            for index, hop in enumerate(self.hops):
-                is_last = index == len(self.hops) - 1
-                asked = rows if is_last else _whole(rows)
-                tensor = await self._step_at(hop, asked, tensor, priority)
+            segments = self.segments
+            for segment in segments:
+                asked = rows if segment is segments[-1] else _whole(rows)
+                tensor = await self._step_through(segment, asked, tensor, priority)
         except BaseException:
             for state, row in zip(states, rows, strict=True):
                 state.give_up(row)
@@ -216,28 +283,27 @@ class Chain:
 
         await to_the_end(self._at_every_hop(close_at))
 
-    async def _step_at(
-        self, hop: Hop, rows: Sequence[Row], tensor: WireTensor, priority: Priority
+    async def _step_through(
+        self, segment: Sequence[Hop], rows: Sequence[Row], tensor: WireTensor, priority: Priority
     ) -> WireTensor:
-        """One hop's part. A hop whose queue is full is asked again when it says."""
+        """One segment's part. A hop whose queue is full is asked again when it says."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.config.step_timeout_s
+        peers = [hop.peer for hop in segment]
         while True:
             started = loop.time()
             budget_s = deadline - started
             step = Step(tuple(rows), tensor, budget_s=budget_s)
             try:
-                parts = await self.exchange.step(
-                    hop.peer, step, timeout_s=budget_s, priority=priority
-                )
+                parts = await self.exchange.step(peers, step, timeout_s=budget_s, priority=priority)
             except Busy as exc:
                 pause_s = max(exc.retry_after_s, BUSY_PAUSE_S)
                 if started + pause_s >= deadline:
                     raise
                 await asyncio.sleep(pause_s)
             else:
-                self._measure(hop, step, parts, loop.time() - started)
-                return await self._joined(hop, step, parts)
+                self._measure(segment, step, parts, loop.time() - started)
+                return await self._joined(segment[-1], step, parts)
 
     async def _joined(self, hop: Hop, step: Step, parts: Sequence[Part]) -> WireTensor:
         """The answer in the order of the step's rows. Raises RemoteProtocolError."""
@@ -251,15 +317,27 @@ class Chain:
             return parts[0].tensor
         return await self.repack(step.rows, parts)
 
-    def _measure(self, hop: Hop, step: Step, parts: Sequence[Part], total_s: float) -> None:
-        timings = [part.timings[-1] for part in parts if part.timings]
-        if timings:
-            slowest = max(timings, key=lambda timing: timing.queue_s + timing.compute_s)
-            num_tokens = sum(row.num_tokens for row in step.rows)
-            num_bytes = len(step.tensor.data) + sum(len(part.tensor.data) for part in parts)
+    def _measure(
+        self, segment: Sequence[Hop], step: Step, parts: Sequence[Part], total_s: float
+    ) -> None:
+        """Tell what each hop said of its part; what is left of the time went on the links."""
+        timings = max((part.timings for part in parts), key=_busy_s)
+        if len(timings) != len(segment):
+            return  # a hop that does not follow the protocol; the step is good all the same
+        link_s = max(0.0, total_s - _busy_s(timings)) / len(segment)
+        num_tokens = sum(row.num_tokens for row in step.rows)
+        num_bytes = len(step.tensor.data) + sum(len(part.tensor.data) for part in parts)
+        for hop, timing in zip(segment, timings, strict=True):
             self.on_measure(
                 HopMeasure(
-                    hop.peer, hop.span, len(step.rows), num_tokens, num_bytes, total_s, slowest
+                    hop.peer,
+                    hop.span,
+                    batch=len(step.rows),
+                    num_tokens=num_tokens,
+                    num_bytes=num_bytes,
+                    link_s=link_s,
+                    is_relayed=len(segment) == 1,
+                    timing=timing,
                 )
             )
 
@@ -298,6 +376,11 @@ def _is_alike(asked: Row, answered: Row) -> bool:
         answered.num_tokens,
         answered.num_outputs,
     )
+
+
+def _busy_s(timings: Sequence[HopTiming]) -> float:
+    """How long the hops had a step, together."""
+    return sum(timing.queue_s + timing.compute_s for timing in timings)
 
 
 def _num_outputs(part: Part) -> int:

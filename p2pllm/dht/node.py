@@ -259,6 +259,11 @@ class DhtNode:
 
         Raises LookupFailed if nobody could be asked.
         """
+        record = await self.find_peer_record(peer_id)
+        return PeerRecord.from_record(record) if record is not None else None
+
+    async def find_peer_record(self, peer_id: PeerId) -> Record | None:
+        """The signed record that `find_peer` reads, to be shown to others."""
         key = peer_key(self._network_id, peer_id)
         for record in await self._read(PEER_NAMESPACE, key, peer_id.key):
             try:
@@ -267,7 +272,7 @@ class DhtNode:
                 self._rules.count(Refusal.MALFORMED)
                 continue
             self._rpc.learn(peer_id, found.addresses)
-            return found
+            return record
         return None
 
     # --- publishing ---------------------------------------------------------------------------

@@ -1,30 +1,36 @@
-"""What a server answers: Open, Step, Fork, Close; and how outputs leave it.
+"""What a server answers: Open, Step, Fork, Rewire, Close; and how outputs leave it.
 
 Handlers decide with the pure modules (`sessions`, `scheduler`) and hand rows to the worker; what
-the worker has computed comes back to `deliver`, which pushes one `Output` per step and batch to
-the client. A step is acknowledged when it has been taken in; whatever goes wrong with it later
-reaches the client as `HopFailed`.
+the worker has computed comes back to `deliver`, which pushes it on: to the session's next hop, as
+a `Step`, or at the end of the chain to the client, as an `Output`. A step is acknowledged when it
+has been taken in; whatever goes wrong with it later reaches the client as `HopFailed`.
 """
 
 import asyncio
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 from p2pllm.config import ServerConfig
 from p2pllm.errors import (
     BadRequest,
+    BadSignature,
     Busy,
     CacheFull,
+    CodecError,
     Forbidden,
     NotServed,
     OutOfOrder,
     P2PLLMError,
+    RemoteProtocolError,
     RequestFailed,
     SessionUnknown,
+    TransportError,
 )
+from p2pllm.identity import verify
 from p2pllm.ids import ModelId, PeerId
 from p2pllm.net.endpoint import Endpoint
 from p2pllm.net.frames import Priority
@@ -39,6 +45,7 @@ from p2pllm.wire.messages import (
     MAX_TEXT,
     Ack,
     Close,
+    Echo,
     Fork,
     HopFailed,
     Message,
@@ -50,6 +57,7 @@ from p2pllm.wire.messages import (
     Row,
     Step,
 )
+from p2pllm.wire.records import RECORD_DOMAIN, PeerRecord, parse_record
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +66,11 @@ SEND_TIMEOUT_S = 15.0  # the transport gives a peer up after as long
 MAX_UNSENT = 256  # messages on their way to one client; beyond, outputs are only kept
 MAX_UNSENT_BYTES = 64 * 2**20  # of their tensors, beyond the first
 MAX_WAIT_S = 60.0  # the longest that an Open may wait for pages
+NO_NEXT_HOP = -1.0  # in `Opened.next_rtt_s`
+REACH_TIMEOUT_S = 3.0  # for the next hop to be dialled; else the client relays that link
+CONGESTED_S = 0.5  # before an output that could not be sent on is asked for again
+MIN_BUDGET_S = 0.001  # 0 would mean "no deadline"
+MAX_HOPS = 64  # that a step may have come through
 HOLD_S = 10.0  # of early steps; a chunk of 2 MiB takes half as long on a link of 4 Mbit/s
 MAX_WAITING = 256  # Opens that wait for pages
 MAX_WAITING_PER_PEER = 32
@@ -83,6 +96,10 @@ class _Arrived:
     token: bytes
     sender: PeerId
     offset: int
+
+    def deadline(self, now: float) -> float:
+        """When nobody waits for its output any more."""
+        return now + self.step.budget_s if self.step.budget_s else math.inf
 
 
 @dataclass(eq=False, slots=True)
@@ -120,6 +137,7 @@ class Service:
         self._worker.on_results = self.deliver
         self._endpoint.handle(Open, self._on_open)
         self._endpoint.handle(Step, self._on_step)
+        self._endpoint.handle(HopFailed, self._on_next_failed)
         self._endpoint.handle(Fork, self._on_fork)
         self._endpoint.handle(Close, self._on_close)
         self._endpoint.handle(Rewire, self._on_rewire)
@@ -150,8 +168,10 @@ class Service:
     async def _on_open(self, request: Request[Open]) -> Message:
         opening, peer = request.message, request.peer
         self._check_offer(opening, peer)
+        next_peer = self._read_next(opening.next_hop)
         wait_s = min(opening.wait_s, MAX_WAIT_S, request.remaining_s(self._now()))
         session = await self._reserve(opening, wait_s)
+        session.next_peer = next_peer
         logger.info(
             "session opened id=%s client=%s span=%s tokens=%d epoch=%d",
             session.id,
@@ -160,7 +180,32 @@ class Service:
             session.max_tokens,
             session.epoch,
         )
-        return self._opened(session)
+        return self._opened(session, await self._reach(next_peer))
+
+    def _read_next(self, next_hop: bytes) -> PeerId | None:
+        """Who comes next, by its signed peer record: nobody else's word makes us dial."""
+        if not next_hop:
+            return None
+        try:
+            record = parse_record(next_hop)
+            verify(record.subkey, RECORD_DOMAIN, record.payload, record.signature)
+            addresses = PeerRecord.from_record(record).addresses
+        except (CodecError, BadSignature) as exc:
+            raise BadRequest(f"the next hop's record: {exc}") from exc
+        if record.subkey == self._endpoint.peer_id:
+            raise BadRequest("a hop cannot be its own successor")
+        self._endpoint.learn(record.subkey, addresses)
+        return record.subkey
+
+    async def _reach(self, next_peer: PeerId | None) -> float:
+        """The round trip to the next hop in seconds; negative if there is none or no way."""
+        if next_peer is None:
+            return NO_NEXT_HOP
+        try:
+            return await self._endpoint.ping(next_peer, timeout_s=REACH_TIMEOUT_S)
+        except (TransportError, RemoteProtocolError) as exc:
+            logger.info("next hop not reached peer=%s reason=%s", next_peer.short, exc)
+            return NO_NEXT_HOP
 
     def _check_offer(self, opening: Open, peer: PeerId) -> None:
         name = str(peer)
@@ -174,8 +219,6 @@ class Service:
             raise NotServed(f"this server holds blocks {self.offer.span}, not {opening.span}")
         if opening.numerics != self.offer.numerics:
             raise NotServed(f"this server computes in {self.offer.numerics}")
-        if opening.next_hop:
-            raise NotServed("this server does not push to other servers")
         if not 0 < opening.max_tokens <= self._config.max_tokens_per_session:
             raise BadRequest(
                 f"{opening.max_tokens} tokens asked; a session here has 1 to "
@@ -251,12 +294,16 @@ class Service:
             client=request.peer,
             codec=source.request.codec,
             is_compressed=source.request.is_compressed,
+            next_hop=source.request.next_hop,
+            next_token=fork.next_token,
+            echo=source.request.echo,
         )
         first = self._next_in_turn()
         others_wait = first is not None and first.peer != request.peer
         held, new = self.sessions.fork(
             opening, fork.session, fork.position, self._now(), others_wait=others_wait
         )
+        new.next_peer = held.next_peer
         self._endpoint.protect(request.peer)
         try:
             await self._worker.copy_pages(held.pages, new.pages, fork.position)
@@ -267,7 +314,10 @@ class Service:
         return self._opened(new)
 
     async def _on_rewire(self, request: Request[Rewire]) -> Message:
-        raise NotServed("this server does not push to other servers")
+        next_peer = self._read_next(request.message.next_hop)
+        session = self.sessions.rewire(request.message, request.peer, self._now())
+        session.next_peer = next_peer
+        return self._opened(session, await self._reach(next_peer))
 
     async def _on_close(self, request: Request[Close]) -> Message:
         error: RequestFailed | None = None
@@ -293,8 +343,9 @@ class Service:
         self._endpoint.unprotect(session.client)
         self._freed.set()
 
-    def _opened(self, session: Session[Output]) -> Opened:
-        return Opened(self._config.lease_s, session.length, numerics=self.offer.numerics)
+    def _opened(self, session: Session[Output], next_rtt_s: float = NO_NEXT_HOP) -> Opened:
+        numerics = self.offer.numerics
+        return Opened(self._config.lease_s, session.length, next_rtt_s, numerics)
 
     # --- steps ---------------------------------------------------------------------------
 
@@ -316,7 +367,8 @@ class Service:
 
     def _take_in(self, arrived: Sequence[_Arrived], now: float) -> None:
         """Judge rows, queue those that are to be computed, and the held ones whose turn it is."""
-        sources: dict[tuple[int, PeerId], StepInput] = {}  # one, unless rows were held
+        sources: dict[object, StepInput] = {}  # one, unless rows were held
+        repeated: dict[int, tuple[Session[Output], Output, float]] = {}  # one message of many rows
         refused: list[tuple[PeerId, Row, RequestFailed]] = []
         waiting = deque(arrived)
         while waiting:
@@ -334,7 +386,8 @@ class Service:
             session = self.sessions.get(row.session)
             assert session is not None, "on_row raises for unknown sessions"
             if isinstance(seen, Accepted):
-                key = (id(item.step), session.client)
+                # Rows that go the same way in the same coding can travel on in one message.
+                key = (id(item.step), session.client, session.next_peer, session.request.codec)
                 source = sources.get(key) or _source(item.step, session, now)
                 sources[key] = source
                 task = Task(row, session.client, session.span, now)
@@ -343,10 +396,28 @@ class Service:
                 if isinstance(following, _Arrived):
                     waiting.append(following)
             elif seen.output is not None:
-                self._send(session.client, seen.output, _priority(row))
+                # Its way here goes before our own part, so that no ring of hops goes on for ever.
+                timings = (*item.step.timings, *seen.output.timings[-1:])
+                output = replace(seen.output, timings=timings)
+                repeated[id(seen.output)] = session, output, item.deadline(now)
         for source in sources.values():
             self._queue(source)
+        for again in repeated.values():
+            self._emit(*again)
         self._report_alike(refused)
+
+    async def _on_next_failed(self, request: Request[HopFailed]) -> Message:
+        """The next hop knows no client to tell, after a restart perhaps: we tell ours."""
+        failed = request.message
+        lost: dict[PeerId, list[Row]] = {}
+        for row in failed.rows:
+            session = self.sessions.get(row.session)
+            if session is not None and session.next_peer == request.peer:
+                lost.setdefault(session.client, []).append(row)
+        for client, rows in lost.items():
+            told = replace(failed, rows=tuple(rows), next_hop=request.peer.key)
+            self._send(client, told, Priority.CONTROL)
+        return Ack()
 
     def _hold(self, item: _Arrived, now: float) -> bool:
         """Keep a row that may only be early; the client is told before it gives the step up."""
@@ -364,6 +435,8 @@ class Service:
             return BadRequest(
                 f"a step of {num_tokens} tokens; {self._config.max_tokens_per_session} are allowed"
             )
+        if len(step.timings) > MAX_HOPS:
+            return BadRequest(f"a step through {len(step.timings)} hops")
         if step.tokens and len(step.tokens) != len(step.rows):
             return BadRequest("a step has one token per row, or none")
         return None
@@ -385,11 +458,13 @@ class Service:
         """Take in what a batch has computed, and send it."""
         now = self._now()
         for result in finished:
-            output = Output(result.rows, result.tensor, (result.timing,))
+            source = result.source
+            output = Output(result.rows, result.tensor, (*source.timings, result.timing))
             num_bytes = len(result.tensor.data)
             wanted = [self.sessions.on_output(row, output, now, num_bytes) for row in result.rows]
-            if any(wanted):
-                self._send(result.client, output, _priority(result.rows[0]))
+            session = next((each for each in wanted if each is not None), None)
+            if session is not None:
+                self._emit(session, output, source.deadline)
         for failure in failed:
             self._forget(failure.client, (failure.row,), failure.error)
 
@@ -430,8 +505,50 @@ class Service:
             )
             self._send(client, message, Priority.CONTROL)
 
+    def _emit(self, session: Session[Output], output: Output, deadline: float) -> None:
+        """Pass an output on: to the next hop, or at the chain's end to the client."""
+        client, priority = session.client, _priority(output.rows[0])
+        if session.next_peer is None:
+            self._send(client, output, priority)
+            return
+        pass_on = partial(self._pass_on, session, output, deadline, priority)
+        if not self._start(client, output, pass_on):
+            busy = Busy("too much is on its way to the next hop", retry_after_s=CONGESTED_S)
+            self._report(client, output.rows, busy)
+        echo = session.request.echo
+        if echo is Echo.ALL or (echo is Echo.DECODE_ONLY and priority is Priority.DECODE):
+            self._send(client, replace(output, is_echo=True), Priority.BULK)
+
+    async def _pass_on(
+        self, session: Session[Output], output: Output, deadline: float, priority: Priority
+    ) -> None:
+        """Push an output to the next hop as its step; the client hears of it if that fails."""
+        next_peer = session.next_peer
+        assert next_peer is not None, "the caller has seen it"
+        budget_s = 0.0 if deadline == math.inf else max(deadline - self._now(), MIN_BUDGET_S)
+        tokens = tuple(self._next_token(row) for row in output.rows)
+        step = Step(output.rows, output.tensor, tokens, output.timings, budget_s)
+        try:
+            await self._endpoint.push(next_peer, step, timeout_s=SEND_TIMEOUT_S, priority=priority)
+        except P2PLLMError as exc:
+            logger.info("next hop lost peer=%s reason=%s", next_peer.short, exc)
+            code = exc.code if isinstance(exc, RequestFailed) else RequestFailed.code
+            text = f"the next hop {next_peer.short}: {exc}"[:MAX_TEXT]
+            failed = HopFailed(output.rows, code, text, next_peer.key)
+            self._send(session.client, failed, Priority.CONTROL)
+
+    def _next_token(self, row: Row) -> bytes:
+        session = self.sessions.get(row.session)
+        return session.request.next_token if session is not None else b""
+
     def _send(self, client: PeerId, message: Output | HopFailed, priority: Priority) -> None:
-        """Push it to the client if too much is not on its way there already.
+        """Push a message to the client."""
+        self._start(client, message, partial(self._push, client, message, priority))
+
+    def _start(
+        self, client: PeerId, message: Output | HopFailed, send: Callable[[], Awaitable[None]]
+    ) -> bool:
+        """Send in a task of its own, if not too much of this client's is on its way already.
 
         An output that is left out is still kept: the client may ask for it again.
         """
@@ -440,23 +557,28 @@ class Service:
         is_full = unsent_bytes and unsent_bytes + num_bytes > MAX_UNSENT_BYTES
         if self._tasks is None or is_full or self._unsent[client] >= MAX_UNSENT:
             logger.warning("message not sent client=%s bytes=%d", client.short, num_bytes)
-            return
+            return False
         self._unsent[client] += 1
         self._unsent_bytes[client] += num_bytes
-        self._tasks.create_task(self._push(client, message, num_bytes, priority))
+        self._tasks.create_task(self._counted(client, num_bytes, send))
+        return True
 
-    async def _push(
-        self, client: PeerId, message: Message, num_bytes: int, priority: Priority
+    async def _counted(
+        self, client: PeerId, num_bytes: int, send: Callable[[], Awaitable[None]]
     ) -> None:
         try:
-            await self._endpoint.push(client, message, timeout_s=SEND_TIMEOUT_S, priority=priority)
-        except P2PLLMError as exc:
-            logger.info("message lost client=%s reason=%s", client.short, exc)
+            await send()
         finally:
             self._unsent[client] -= 1
             self._unsent_bytes[client] -= num_bytes
             if not self._unsent[client]:
                 del self._unsent[client], self._unsent_bytes[client]
+
+    async def _push(self, client: PeerId, message: Message, priority: Priority) -> None:
+        try:
+            await self._endpoint.push(client, message, timeout_s=SEND_TIMEOUT_S, priority=priority)
+        except P2PLLMError as exc:
+            logger.info("message lost client=%s reason=%s", client.short, exc)
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -465,7 +587,7 @@ class Service:
 def _source(step: Step, session: Session[Output], now: float) -> StepInput:
     """The rows of a step that are the session's client's."""
     deadline = now + step.budget_s if step.budget_s else math.inf
-    return StepInput(step.tensor, session.client, session.request, deadline)
+    return StepInput(step.tensor, session.client, session.request, deadline, step.timings)
 
 
 def _priority(row: Row) -> Priority:

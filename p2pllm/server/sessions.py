@@ -5,7 +5,10 @@ while it is used within its lease. Three rules keep it right whatever the networ
 (docs/architecture.md, "Fencing and order"):
 
 - **Epochs.** Every change of route raises the epoch, and so does a client that gave a step up. A
-  request with an older one comes from what was given up, and is refused.
+  request with an older one comes from what was given up, and is refused. In a chain only the first
+  hop hears of a new one from the client: the others see it in the rows that are passed on, so
+  whoever has the push token may raise it too. A predecessor that was left out has old epochs only,
+  and a take-over changes the token.
 - **Steps apply once.** Step numbers rise by one; only the first of an epoch may leave some out,
   those that were given up before they came here. A repeated step is not computed again: its kept
   output is sent again. Outputs are kept until the client acknowledges them, at most `WINDOW` of a
@@ -20,7 +23,7 @@ Pure: no clock, no tensors. Outputs are opaque to it.
 import hmac
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from p2pllm.errors import (
@@ -35,7 +38,7 @@ from p2pllm.errors import (
 from p2pllm.ids import PeerId, SessionId
 from p2pllm.server.pages import PAGE_TOKENS, PageAllocator, pages_for
 from p2pllm.spans import Span
-from p2pllm.wire.messages import Open, Row
+from p2pllm.wire.messages import Open, Rewire, Row
 
 WINDOW = 16  # steps of one session under way or kept: a pipelined prefill needs hops + 2
 MAX_KEPT_BYTES = 256 * 2**20  # of outputs not acknowledged; beyond, the oldest are dropped
@@ -66,6 +69,7 @@ class Session(Generic[OutputT]):
     pages: tuple[int, ...]
     request: Open  # what it was opened with: codec, tokens, successor
     expires: float
+    next_peer: PeerId | None = None  # the successor, as `request.next_hop` proves; None: the client
     length: int = 0
     last_step: int | None = None
     may_skip: bool = False  # no step of this epoch was accepted yet: numbers may be left out
@@ -174,6 +178,19 @@ class SessionTable(Generic[OutputT]):
                 f"{request.max_tokens} asked",
                 retry_after_s=self.next_expiry_s(now),
             )
+
+    def rewire(self, request: Rewire, client: PeerId, now: float) -> Session[OutputT]:
+        """Change a session's successor, perhaps under a new epoch; the caller sets `next_peer`."""
+        held = self._sessions.get(request.session)
+        if held is None:
+            raise SessionUnknown(f"session {request.session} is not open here")
+        self._authorise(held, client, request.epoch)
+        self._raise_epoch(held, request.epoch)
+        held.request = replace(
+            held.request, next_hop=request.next_hop, next_token=request.next_token
+        )
+        held.expires = now + self._lease_s
+        return held
 
     def close(self, session: SessionId, client: PeerId, epoch: int) -> None:
         """Free a session's pages; unknown ones are fine, others' and fenced ones raise."""
@@ -348,16 +365,17 @@ class SessionTable(Generic[OutputT]):
     def _authorise_push(
         self, session: Session[OutputT], row: Row, sender: PeerId, token: bytes
     ) -> None:
-        """The client may step its own session; anyone else needs the session's push token."""
+        """The client may step its own session; anyone else needs the session's push token.
+
+        Either may raise the epoch: the predecessor passes on what the client has told the first.
+        """
         if not self.may_push(session, sender, token):
             raise Forbidden(f"a wrong push token for session {row.session}")
-        if sender != session.client and row.epoch > session.epoch:
-            raise SessionUnknown(f"epoch {row.epoch} of session {row.session} is not open")
         if row.epoch < session.epoch:
             raise StaleEpoch(
                 f"epoch {row.epoch} of session {row.session}; it is at {session.epoch}"
             )
-        self._raise_epoch(session, row.epoch)  # the client's word on its own route
+        self._raise_epoch(session, row.epoch)
 
     def _check_order(self, session: Session[OutputT], row: Row) -> None:
         last = session.last_step

@@ -54,8 +54,9 @@ class StepInput:
 
     tensor: WireTensor
     client: PeerId
-    opening: Open  # how the outputs are to be coded
+    opening: Open  # how the outputs are to be coded, and where they go
     deadline: float  # nobody waits for the outputs after it
+    timings: tuple[HopTiming, ...] = ()  # of the hops before
     inputs: dict[Task, _RowInput] = field(default_factory=dict)
     decoded: Tensor | None = None  # by the device thread, when first needed
     error: str = ""  # why it could not be
@@ -63,6 +64,10 @@ class StepInput:
     def add(self, task: Task, offset: int, pages: tuple[int, ...]) -> None:
         """Say that `task` is the rows of the tensor from `offset` on."""
         self.inputs[task] = _RowInput(self, offset, pages)
+
+    def num_outputs(self, row: Row) -> int:
+        """Tokens of a row whose outputs are wanted: of its last ones only at the chain's end."""
+        return row.num_tokens if self.opening.next_hop else row.num_outputs
 
     def hidden(self, dtype: torch.dtype) -> Tensor:
         """The whole tensor, decoded once; raises BadRequest, each time, if that fails."""
@@ -81,11 +86,10 @@ class StepInput:
 class Finished:
     """Rows of one step that one batch completed, and their packed output."""
 
-    client: PeerId
+    source: StepInput
     rows: tuple[Row, ...]
     tensor: WireTensor
     timing: HopTiming
-    is_decode: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +202,7 @@ class Worker:
         wall = self._clock.wall()
         finished = [
             Finished(
-                client=tasks[0].client,
+                source=source,
                 rows=tuple(task.row for task in tasks),
                 tensor=tensor,
                 timing=HopTiming(
@@ -206,9 +210,8 @@ class Worker:
                     compute_s=now - tasks[0].started_at,
                     sent_at=wall,
                 ),
-                is_decode=tasks[0].is_decode,
             )
-            for _, tasks, tensor in done.coded
+            for source, tasks, tensor in done.coded
         ]
         failed = [Failed(task.client, task.row, error) for task, error in done.failed]
         for piece in batch.pieces:
@@ -272,7 +275,8 @@ class Worker:
             row_input.outputs.append(output[start : start + piece.num_tokens])
             start += piece.num_tokens
             if piece.is_last:
-                result = torch.cat(row_input.outputs)[-piece.task.row.num_outputs :]
+                wanted = row_input.source.num_outputs(piece.task.row)
+                result = torch.cat(row_input.outputs)[-wanted:]
                 if torch.isfinite(result).all():
                     ready.setdefault(row_input.source, []).append((piece.task, result))
                 else:

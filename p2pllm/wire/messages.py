@@ -353,6 +353,7 @@ class Fork(Message):
     new_session: SessionId
     position: Count
     push_token: bytes = b""
+    next_token: bytes = b""
 
 
 # --- bodies ----------------------------------------------------------------------------------

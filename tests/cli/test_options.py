@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from p2pllm.cli import generate
+from p2pllm.cli.asking import client_settings
 from p2pllm.cli.generate import Question
 from p2pllm.cli.options import ClientOptions, UseOptions
 from p2pllm.client.results import GenerationResult
@@ -186,3 +187,23 @@ def test_json_is_one_object_with_the_fields_that_scripts_rely_on(
         "route": [],
         "recoveries": 0,
     }
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [([], True), (["--chain"], True), (["--no-chain"], False)]
+)
+def test_servers_push_to_each_other_unless_it_is_switched_off(
+    terminal: Terminal, asked: Asked, flags: list[str], expected: bool
+) -> None:
+    ask(terminal, *PEERS, *flags)
+    assert client_settings(asked.use).is_chained is expected
+
+
+def test_the_chain_can_be_switched_off_in_the_file_and_by_environment(
+    terminal: Terminal, asked: Asked, home: Path
+) -> None:
+    write_config(home, "chain = false")
+    ask(terminal, *PEERS)
+    assert asked.use.is_chained is False
+    ask(terminal, *PEERS, env={"P2PLLM_CHAIN": "1"})
+    assert asked.use.is_chained is True

@@ -29,7 +29,7 @@ SERVER = ServerView(
 
 
 def show(terminal: Terminal, monkeypatch: pytest.MonkeyPatch, *more: str) -> str:
-    async def planned(*_: object) -> tuple[SeenModel, Route]:
+    async def planned(*_: object, is_chained: bool) -> tuple[SeenModel, Route]:
         return SEEN, plan(SwarmView(SEEN.model, 4, (SERVER,)), RouteRequest())
 
     monkeypatch.setattr(route, "_plan", planned)
@@ -57,3 +57,18 @@ def test_json_has_the_terms_in_milliseconds(
     assert hop["decode_ms"]["compute"] == pytest.approx(40.0)
     terms = ("rtt", "transfer", "queue", "compute", "cache_wait")
     assert sum(hop["decode_ms"][term] for term in terms) == pytest.approx(hop["decode_ms"]["total"])
+
+
+@pytest.mark.parametrize(("flags", "is_relayed"), [([], False), (["--no-chain"], True)])
+def test_a_chain_is_priced_unless_it_is_switched_off(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, flags: list[str], is_relayed: bool
+) -> None:
+    asked: list[bool] = []
+
+    async def planned(*_: object, is_chained: bool) -> tuple[SeenModel, Route]:
+        asked.append(is_chained)
+        return SEEN, plan(SwarmView(SEEN.model, 4, (SERVER,)), RouteRequest())
+
+    monkeypatch.setattr(route, "_plan", planned)
+    assert terminal.type("route", "--peers", "127.0.0.1:4", *flags).exit_code == 0
+    assert asked == [not is_relayed]

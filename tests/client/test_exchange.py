@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -81,7 +82,7 @@ def with_step(scenario: Scenario, rows: tuple[Row, ...] = ROWS) -> None:
         exchange = Exchange(cast(Endpoint, endpoint))
         step = Step(rows, tensor(len(rows)))
         waiting = asyncio.ensure_future(
-            exchange.step(SERVER, step, timeout_s=TIMEOUT_S, priority=Priority.DECODE)
+            exchange.step([SERVER], step, timeout_s=TIMEOUT_S, priority=Priority.DECODE)
         )
         await asyncio.sleep(0)
         await scenario(endpoint, waiting)
@@ -190,7 +191,7 @@ def test_a_push_that_fails_fails_the_step_also_after_the_hop_has_failed_it() -> 
         exchange = Exchange(cast(Endpoint, endpoint))
         step = Step(ROWS, tensor(3))
         waiting = asyncio.ensure_future(
-            exchange.step(SERVER, step, timeout_s=TIMEOUT_S, priority=Priority.DECODE)
+            exchange.step([SERVER], step, timeout_s=TIMEOUT_S, priority=Priority.DECODE)
         )
         await asyncio.sleep(0)
         await scenario(endpoint, waiting)
@@ -210,18 +211,62 @@ def test_a_step_that_is_cancelled_leaves_no_waiter() -> None:
     with_step(scenario)
 
 
-def test_steps_of_two_peers_do_not_meet() -> None:
+@pytest.mark.parametrize("kind", [output, failed])
+def test_in_a_chain_the_last_hop_answers_and_any_may_fail(
+    kind: Callable[..., Output | HopFailed],
+) -> None:
     async def main() -> None:
         endpoint = FakeEndpoint()
         exchange = Exchange(cast(Endpoint, endpoint))
+        waiting = asyncio.ensure_future(
+            exchange.step(
+                [OTHER, SERVER],
+                Step(ROWS, tensor(3)),
+                timeout_s=TIMEOUT_S,
+                priority=Priority.DECODE,
+            )
+        )
+        await asyncio.sleep(0)
+        await endpoint.arrive(kind(*ROWS), sender=OTHER)
+        await endpoint.arrive(output(*ROWS), sender=SERVER)
+        (result,) = await asyncio.gather(waiting, return_exceptions=True)
+        assert isinstance(result, OutOfOrder if kind is failed else tuple)
+        assert not exchange._waiters
+
+    run(main())
+
+
+def test_an_echo_answers_nothing() -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: "asyncio.Task[tuple[Part, ...]]") -> None:
+        sent = output(*ROWS)
+        await endpoint.arrive(replace(sent, is_echo=True))
+        await asyncio.sleep(1.0)
+        assert not waiting.done()
+        await endpoint.arrive(sent)
+        assert len(await waiting) == 1
+
+    with_step(scenario)
+
+
+def test_steps_of_two_sessions_do_not_meet() -> None:
+    async def main() -> None:
+        endpoint = FakeEndpoint()
+        exchange = Exchange(cast(Endpoint, endpoint))
+        theirs = (row(4), row(5))
         both = [
             asyncio.ensure_future(
-                exchange.step(peer, Step(ROWS, tensor(3)), timeout_s=5, priority=Priority.DECODE)
+                exchange.step(
+                    [peer],
+                    Step(rows, tensor(len(rows))),
+                    timeout_s=TIMEOUT_S,
+                    priority=Priority.DECODE,
+                )
             )
-            for peer in (SERVER, OTHER)
+            for peer, rows in ((SERVER, ROWS), (OTHER, theirs))
         ]
         await asyncio.sleep(0)
-        await endpoint.arrive(failed(*ROWS, error=BadRequest.code), sender=OTHER)
+        await endpoint.arrive(output(*ROWS), sender=OTHER)
+        await endpoint.arrive(failed(*ROWS, *theirs, error=BadRequest.code), sender=OTHER)
         await endpoint.arrive(output(*ROWS), sender=SERVER)
         first, second = await asyncio.gather(*both, return_exceptions=True)
         assert isinstance(first, tuple)

@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 
@@ -18,10 +20,19 @@ from tests.swarm.turns import cancelled_after
 
 HALVES = (Span(0, 2), Span(2, 4))
 SETTINGS = ClientConfig(prefill_chunk_tokens=4, patience_s=5.0)
+IS_CHAINED = True
 CLEAN_UP_S = 3.0  # virtual: closing may take a hop's timeout
 PROMPT = "some prompt"  # three chunks
 
 Use = Callable[[SimSwarm, list[SimServer], SwarmModel], Awaitable[None]]
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["chained", "relayed"])
+def is_chained(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every test twice: servers that push to each other, and a client that relays."""
+    chosen = bool(request.param)
+    monkeypatch.setattr(sys.modules[__name__], "IS_CHAINED", chosen)
+    return chosen
 
 
 def with_model(use: Use) -> None:
@@ -30,7 +41,7 @@ def with_model(use: Use) -> None:
     async def main() -> None:
         async with SimSwarm(num_blocks=4) as swarm:
             servers = [await swarm.add_server(span) for span in HALVES]
-            async with swarm.client(SETTINGS) as model:
+            async with swarm.client(replace(SETTINGS, is_chained=IS_CHAINED)) as model:
                 await use(swarm, servers, model)
                 await asyncio.sleep(CLEAN_UP_S)
                 assert_all_clean(servers, model)

@@ -203,7 +203,8 @@ def test_without_patience_the_first_refusal_counts() -> None:
 def test_a_server_with_too_many_sessions_is_asked_again_but_not_hammered() -> None:
     async def use(swarm: SimSwarm, model: SwarmModel) -> None:
         opened: list[float] = []
-        chain = model._chain(await model.view(), await model.route(prompt_tokens=8, new_tokens=8))
+        route = await model.route(prompt_tokens=8, new_tokens=8)
+        chain = await model._chain(await model.view(), route)
         request = chain.endpoint.request
 
         async def counted(*args: Any, **options: Any) -> Any:

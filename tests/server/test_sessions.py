@@ -323,12 +323,31 @@ def test_the_clients_row_raises_the_epoch_and_fences_older_ones() -> None:
         made.close(ONE, ALICE, 3)
 
 
-def test_another_hop_cannot_raise_the_epoch() -> None:
+def test_a_hop_with_the_push_token_raises_the_epoch() -> None:
     made = opened()
 
-    with pytest.raises(SessionUnknown):
-        made.on_row(row(epoch=1), HOP, TOKEN, 0.0)
+    assert isinstance(made.on_row(row(epoch=1), HOP, TOKEN, 0.0), Accepted)
+    with pytest.raises(StaleEpoch):
+        made.on_row(row(1, 1, epoch=0), ALICE, b"", 0.0)
+
+
+@pytest.mark.parametrize("token", [b"", b"q" * 16])
+def test_a_hop_without_the_push_token_does_not_raise_the_epoch(token: bytes) -> None:
+    made = opened()
+
+    with pytest.raises(Forbidden):
+        made.on_row(row(epoch=1), HOP, token, 0.0)
     assert isinstance(made.on_row(row(epoch=0), ALICE, b"", 0.0), Accepted)
+
+
+def test_a_take_over_shuts_the_old_predecessor_out() -> None:
+    made = opened()
+
+    made.open(replace(opening(epoch=1), push_token=b"n" * 16), 0.0)
+
+    with pytest.raises(Forbidden):
+        made.on_row(row(epoch=2), HOP, TOKEN, 0.0)
+    assert isinstance(made.on_row(row(epoch=1), HOP, b"n" * 16, 0.0), Accepted)
 
 
 # --- steps --------------------------------------------------------------------------------------

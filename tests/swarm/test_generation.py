@@ -1,7 +1,9 @@
 """Servers and clients together, on virtual time: the swarm answers what the whole model answers."""
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +17,15 @@ from p2pllm.spans import Span
 
 THIRDS = (Span(0, 2), Span(2, 4), Span(4, 6))
 IMPATIENT = ClientConfig(patience_s=3.0)
+IS_CHAINED = True
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["chained", "relayed"])
+def is_chained(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every test twice: servers that push to each other, and a client that relays."""
+    chosen = bool(request.param)
+    monkeypatch.setattr(sys.modules[__name__], "IS_CHAINED", chosen)
+    return chosen
 
 
 def with_model(
@@ -31,7 +42,8 @@ def with_model(
         async with SimSwarm(num_blocks=6) as swarm:
             for span in spans:
                 await swarm.add_server(span, server)
-            async with swarm.client(client, wire_codec=wire_codec) as model:
+            settings = replace(client, is_chained=IS_CHAINED)
+            async with swarm.client(settings, wire_codec=wire_codec) as model:
                 await use(swarm, model)
 
     run(scenario())

@@ -103,7 +103,7 @@ def length(server: SimServer) -> int:
         ({"numerics": Numerics("float32", "int8", "float32")}, NotServed),
         ({"span": Span(0, 5)}, NotServed),
         ({"span": Span(3, 60000)}, NotServed),
-        ({"next_hop": b"x"}, NotServed),
+        ({"next_hop": b"x"}, BadRequest),
         ({"client": Identity.from_seed(b"z" * 32).peer_id}, Forbidden),
         ({"max_tokens": 10_000}, BadRequest),
         ({"max_tokens": 5_000}, BadRequest),  # a session may have them, the cache has not
@@ -134,11 +134,21 @@ def test_who_is_blocked_or_not_allowed_is_forbidden() -> None:
     with_clients(scenario, replace(LAB_SERVER, allow=frozenset({bob_id})))
 
 
-def test_rewiring_is_not_offered_yet() -> None:
+def test_only_the_client_rewires_and_not_under_an_older_epoch() -> None:
     async def scenario(server: SimServer, alice: RawClient, bob: RawClient) -> None:
-        await alice.open()
-        with pytest.raises(NotServed):
-            await alice.ask(Rewire(ONE, 1))
+        await alice.open(epoch=1)
+        with pytest.raises(Forbidden):
+            await bob.ask(Rewire(ONE, 2))
+        with pytest.raises(StaleEpoch):
+            await alice.ask(Rewire(ONE, 0))
+        with pytest.raises(SessionUnknown):
+            await alice.ask(Rewire(TWO, 2))
+        opened = await alice.ask(Rewire(ONE, 2))
+        assert isinstance(opened, Opened)
+        assert opened.next_rtt_s < 0
+        await alice.step(row(epoch=1))
+        await alice.step(row(epoch=2))
+        assert (alice.failures[0].error, len(alice.outputs)) == (StaleEpoch.code, 1)
 
     with_clients(scenario)
 
@@ -206,9 +216,6 @@ def test_only_the_client_takes_over() -> None:
             await bob.ask(Close((ONE,), 9))
         with pytest.raises(Forbidden):
             await bob.ask(Fork(ONE, 9, TWO, 0))
-        await bob.push([row(epoch=9)], tokens=(TOKEN,))
-        await alice.answered(1)
-        assert alice.failures[0].error == SessionUnknown.code
         await alice.step(row())
         assert len(alice.outputs) == 1
 
@@ -259,6 +266,17 @@ def test_an_early_step_whose_predecessor_never_comes_is_refused_in_time() -> Non
 
 
 # --- push tokens -------------------------------------------------------------------------------
+
+
+def test_a_peer_with_the_push_token_raises_the_epoch() -> None:
+    async def scenario(server: SimServer, alice: RawClient, bob: RawClient) -> None:
+        await alice.open()
+        await bob.push([row(epoch=9)], tokens=(TOKEN,))
+        await alice.answered(1)
+        await alice.step(row(1, 1))
+        assert (len(alice.outputs), alice.failures[0].error) == (1, StaleEpoch.code)
+
+    with_clients(scenario)
 
 
 def test_the_push_token_lets_another_peer_push_and_the_client_is_answered() -> None:
@@ -721,7 +739,7 @@ def test_a_client_that_cannot_be_reached_costs_bounded_memory_and_hurts_nobody(
         assert service._unsent_bytes[alice.peer_id] <= 4 * WIDTH * 4
         assert service._unsent[alice.peer_id] == 4
         assert len(bob.outputs) == 10
-        for task in [t for t in asyncio.all_tasks() if "_push" in repr(t.get_coro())]:
+        for task in [t for t in asyncio.all_tasks() if "_counted" in repr(t.get_coro())]:
             task.cancel()
 
     with_clients(scenario)

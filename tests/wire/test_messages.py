@@ -94,7 +94,7 @@ def examples() -> tuple[Message, ...]:
         HopFailed((ROW,), 3, "no pages", next_hop=b"signed", retry_after_s=2.0, expected=5),
         Rewire(SESSION, 2, next_hop=b"signed", next_token=b"n" * 16),
         Close((SESSION, OTHER_SESSION), epoch=3),
-        Fork(SESSION, 3, OTHER_SESSION, position=64, push_token=b"p" * 16),
+        Fork(SESSION, 3, OTHER_SESSION, position=64, push_token=b"p" * 16, next_token=b"n" * 16),
     )
 
 
