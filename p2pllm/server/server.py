@@ -195,7 +195,13 @@ class Server:
     ) -> "Server":
         """Everything that stands between loaded blocks and the first session."""
         num_pages = pages_for(settings.cache_tokens)
-        cache = await executor.run(lambda: model.make_cache(num_pages, PAGE_TOKENS))
+        try:
+            cache = await executor.run(lambda: model.make_cache(num_pages, PAGE_TOKENS))
+        except RuntimeError as exc:  # torch has no class of its own for this on every device
+            raise ConfigError(
+                f"no memory for a cache of {settings.cache_tokens} tokens; choose fewer "
+                "--cache-tokens or fewer blocks"
+            ) from exc
         if settings.throughput:
             throughput = Throughput.stated(settings.throughput)
         else:
