@@ -71,7 +71,7 @@ async def _wait_for(future: "asyncio.Future[T]") -> T:
 
 
 @contextmanager
-def connect(peers: Sequence[str] = (), **options: Any) -> Iterator["SyncSwarm"]:
+def connect(peers: str | Sequence[str] = (), **options: Any) -> Iterator["SyncSwarm"]:
     """Join a swarm as a client; takes what `p2pllm.connect` takes."""
     from p2pllm.client.client import connect as connect_async
 

@@ -42,7 +42,9 @@ TORCH = {
     "client/compute", "client/generate", "client/model", "sim/fake_model", "cli/doctor",
 }  # fmt: skip
 PURE_BUT = {  # root module -> who may import it
-    **dict.fromkeys(["asyncio", "socket", "ssl", "threading", "time", "subprocess", "select"], IO),
+    **dict.fromkeys(
+        ["asyncio", "concurrent", "socket", "ssl", "threading", "time", "subprocess", "select"], IO
+    ),
     "torch": TORCH,
     "multiprocessing": set[str](),
 }

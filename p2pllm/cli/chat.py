@@ -164,20 +164,27 @@ class Conversation:
         A session that its servers lost is replaced once, and what was said is told anew.
         """
         self.messages.append({"role": "user", "content": text})
-        was_held = self._session is not None
         try:
-            answer = await self._answer()
-        except (TransportError, RequestFailed) as exc:
-            await self._drop_session()
-            if not was_held:
-                self.messages.pop()
-                raise
-            tell(f"(a server was lost: {exc}; telling another one what was said)")
-            answer = await self._answer()
+            answer = await self._answer_twice()
+        except P2PLLMError:
+            self.messages.pop()
+            raise
         if answer:
             self.messages.append({"role": "assistant", "content": answer})
         else:
             self.messages.pop()  # stopped before the first word: as if it had not been said
+
+    async def _answer_twice(self) -> str:
+        """The answer; from other servers if the ones that held the session are lost."""
+        was_held = self._session is not None
+        try:
+            return await self._answer()
+        except (TransportError, RequestFailed) as exc:
+            await self._drop_session()
+            if not was_held:
+                raise
+            tell(f"\n(a server was lost: {exc}; telling another one what was said)")
+            return await self._answer()
 
     async def _answer(self) -> str:
         session = await self._session_for_messages()

@@ -75,6 +75,8 @@ def prepare_ready_file(path: Path | None) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as exc:
+        for left in path.parent.glob(f".{path.name}.*"):
+            left.unlink(missing_ok=True)
         raise ConfigError(f"cannot write the ready file {path}: {exc.strerror}") from exc
 
 
@@ -91,7 +93,9 @@ def write_ready_file(
         "blocks": None if blocks is None else str(blocks),
     }
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
             file.write(json.dumps(content) + "\n")
         os.replace(file.name, path)
     except OSError as exc:

@@ -184,10 +184,10 @@ async def _serve(
     activity: Activity,
 ) -> None:
     from p2pllm.net.tcp import TcpNetwork
-    from p2pllm.server.server import Choice, Server, check_choice
+    from p2pllm.server.server import BlockChoice, Server, check_choice
 
     source = await asyncio.to_thread(_open_source, wanted.model, activity)
-    choice = Choice(wanted.blocks, wanted.num_blocks, wanted.memory_bytes)
+    choice = BlockChoice(wanted.blocks, wanted.num_blocks, wanted.memory_bytes)
     check_choice(choice, source.config.num_blocks)  # before the network is bothered
     activity.say("joining the swarm" if config.peers else "starting a swarm")
 

@@ -128,7 +128,7 @@ class Swarm:
 
 @asynccontextmanager
 async def connect(
-    peers: Iterable[str | Address] = (),
+    peers: str | Iterable[str | Address] = (),
     *,
     swarm: str = DEFAULT_NETWORK,
     dtype: str | None = None,
@@ -149,7 +149,7 @@ async def connect(
     as it is.
     """
     config = config or client_config(swarm)
-    given = parse_many(str(peer) for peer in peers)
+    given = parse_many([peers] if isinstance(peers, str) else map(str, peers))
     settings = replace(
         config.client,
         dtype=dtype or config.client.dtype,

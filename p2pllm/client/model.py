@@ -499,7 +499,10 @@ class SwarmModel:
                         raise
                     raise reason from exc
                 logger.info("no route yet reason=%s pause_s=%.2f", exc, pause_s)
-                await asyncio.sleep(pause_s)
+                if isinstance(exc, NoRoute):
+                    await self.tracker.wait_for_change(pause_s)
+                else:
+                    await asyncio.sleep(pause_s)
             else:
                 return chain, states, route
         raise AssertionError("unreachable: it returns or raises")

@@ -1,0 +1,1 @@
+"""Models: where they come from, their blocks in torch, and what a client computes itself."""

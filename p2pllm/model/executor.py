@@ -21,7 +21,11 @@ class Executor(Protocol):
 
 
 class DeviceThread:
-    """An executor with one thread of its own, named so that profiles can be read."""
+    """An executor with one thread of its own, named so that profiles can be read.
+
+    Its queue has no bound of its own: a worker hands in one batch at a time, and what else comes
+    (copies for forks, loading) is bounded by the streams that ask for it.
+    """
 
     def __init__(self, name: str) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)

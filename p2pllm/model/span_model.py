@@ -122,19 +122,6 @@ class SpanModel:
         return hidden
 
 
-def finite_rows(hidden: Tensor, rows: Rows) -> list[bool]:
-    """Which rows of a packed batch (N, D) hold neither NaN nor infinity.
-
-    Asked about what came from a client before a pass, and about its result afterwards.
-    """
-    token_is_finite = hidden.isfinite().all(-1).tolist()
-    result, start = [], 0
-    for row in rows:
-        result.append(all(token_is_finite[start : start + row.num_tokens]))
-        start += row.num_tokens
-    return result
-
-
 def _load_block(
     config: ModelConfig,
     family: Family,

@@ -2,7 +2,7 @@
 
 `encode_tensor` rounds and perhaps compresses; `decode_tensor` undoes that, trusting nothing: sizes
 are checked before anything is allocated, and what comes out may still hold NaN only if the codec
-carries NaN as a value (whoever computes with it asks `finite_rows`).
+carries NaN as a value (whoever computes with it looks).
 
 int8 is blockwise: 64 values share a scale, so an outlier spoils its neighbours only
 (arXiv 2110.02861; 64 instead of 2048, because hidden states have outliers in fixed features).

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from p2pllm.errors import LocalProtocolError, NoRoute
+from p2pllm.errors import ConfigError, LocalProtocolError, NoRoute
 from p2pllm.ids import PeerId
 from p2pllm.routing.costs import Candidate, CostModel, HopCost, RouteCost
 from p2pllm.routing.policies import Choice, Policy, RoutingProblem, get_policy
@@ -55,7 +55,8 @@ class Route:
 def plan(view: SwarmView, request: RouteRequest, policy: str | Policy = DEFAULT_POLICY) -> Route:
     """Choose a route for the request; 10 to 100 ms over 500 servers and 100 blocks.
 
-    Raises NoRoute with the spans that no usable server covers, ConfigError for an unknown policy.
+    Raises NoRoute with the spans that no usable server covers, ConfigError for an unknown policy
+    or more tokens than any server holds.
     """
     choose = get_policy(policy) if isinstance(policy, str) else policy
     span = request.span or Span(0, view.num_blocks)
@@ -110,8 +111,24 @@ def _candidates(
             notes.append(f"blocks {_listed(gaps)}: only servers {what}")
     missing = uncovered(span, (candidate.span for candidate in candidates))
     if missing:
+        _check_size(view, request, missing)
         raise NoRoute(_no_route(missing, refused), [(gap.start, gap.stop) for gap in missing])
     return candidates, notes
+
+
+def _check_size(view: SwarmView, request: RouteRequest, missing: Sequence[Span]) -> None:
+    """Raise ConfigError if only the request's length stands between it and a route."""
+    blocks = view.by_block()
+    limit = min(
+        max((server.presence.max_tokens_per_session for server in blocks[block]), default=0)
+        for gap in missing
+        for block in gap
+    )
+    if 0 < limit < request.cache_tokens:
+        raise ConfigError(
+            f"{request.cache_tokens} tokens are asked for (prompt and answer), and the servers "
+            f"here hold at most {limit}; ask for fewer new tokens or give a shorter prompt"
+        )
 
 
 def _why_not(server: ServerView, request: RouteRequest) -> str:

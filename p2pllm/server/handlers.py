@@ -157,6 +157,11 @@ class Service:
         for session in self.sessions.expire(now):
             logger.info("session expired id=%s", session.id)
             self._release(session)
+        if self._waiting:
+            reclaimed = self.sessions.reclaim(now, {place.peer for place in self._waiting})
+            if reclaimed is not None:
+                logger.info("idle session reclaimed id=%s", reclaimed.id)
+                self._release(reclaimed)
         for session in self.sessions:
             overdue = self.sessions.take_held(session, now)
             if overdue:
@@ -261,7 +266,7 @@ class Service:
     def _open_now(self, opening: Open, place: _Waiting) -> Session[Output]:
         """Open, and if that replaces a session, forget what is queued for the old pages."""
         known = self.sessions.get(opening.session)
-        if known is None and self._next_in_turn() is not place:
+        if not self.sessions.needs_no_pages(opening) and self._next_in_turn() is not place:
             raise CacheFull("others wait for cache here", retry_after_s=self._retry_after_s())
         session = self.sessions.open(opening, self._now())
         if session is not known:
@@ -422,7 +427,7 @@ class Service:
     def _hold(self, item: _Arrived, now: float) -> bool:
         """Keep a row that may only be early; the client is told before it gives the step up."""
         wait_s = min(HOLD_S, item.step.budget_s / 2) if item.step.budget_s else HOLD_S
-        num_bytes = len(item.step.tensor.data)
+        num_bytes = item.step.tensor.header.coded_bytes
         return self.sessions.hold(item.row, item, num_bytes, until=now + wait_s)
 
     def _what_is_wrong(self, step: Step) -> BadRequest | None:

@@ -116,10 +116,10 @@ class CheckpointSource:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class BlockChoice:
     """Which blocks to serve: exactly `span`, or the `num_blocks` that the swarm needs most.
 
-    Neither: as many as fit into `memory_bytes` (0: all blocks).
+    Neither: as many as fit into `memory_bytes` (0: all blocks), which more may not exceed.
     """
 
     span: Span | None = None
@@ -156,7 +156,7 @@ class Server:
         config: NodeConfig,
         identity: Identity,
         source: ModelSource,
-        choice: Choice,
+        choice: BlockChoice,
         *,
         network: Network,
         clock: Clock | None = None,
@@ -195,7 +195,13 @@ class Server:
     ) -> "Server":
         """Everything that stands between loaded blocks and the first session."""
         num_pages = pages_for(settings.cache_tokens)
-        cache = await executor.run(lambda: model.make_cache(num_pages, PAGE_TOKENS))
+        try:
+            cache = await executor.run(lambda: model.make_cache(num_pages, PAGE_TOKENS))
+        except RuntimeError as exc:  # torch has no class of its own for this on every device
+            raise ConfigError(
+                f"no memory for a cache of {settings.cache_tokens} tokens; choose fewer "
+                "--cache-tokens or fewer blocks"
+            ) from exc
         if settings.throughput:
             throughput = Throughput.stated(settings.throughput)
         else:
@@ -251,7 +257,7 @@ class Server:
                     task.cancel()
 
 
-def check_choice(choice: Choice, num_blocks: int) -> None:
+def check_choice(choice: BlockChoice, num_blocks: int) -> None:
     """Raise ConfigError unless the model has these blocks."""
     stop = choice.span.stop if choice.span else choice.num_blocks
     if stop > num_blocks:
@@ -261,11 +267,20 @@ def check_choice(choice: Choice, num_blocks: int) -> None:
         )
 
 
-async def _choose(node: Node, source: ModelSource, choice: Choice, settings: ServerConfig) -> Span:
+async def _choose(
+    node: Node, source: ModelSource, choice: BlockChoice, settings: ServerConfig
+) -> Span:
+    total = source.config.num_blocks
+    fitting = _blocks_that_fit(source, choice, settings)
+    asked = len(choice.span) if choice.span else choice.num_blocks
+    if asked > fitting:
+        raise ConfigError(
+            f"{fitting} blocks fit into the memory allowed, and {asked} are asked; allow more "
+            "--memory, or serve fewer blocks or --cache-tokens"
+        )
     if choice.span is not None:
         return choice.span
-    total = source.config.num_blocks
-    num_blocks = choice.num_blocks or _blocks_that_fit(source, choice, settings)
+    num_blocks = choice.num_blocks or fitting
     if num_blocks >= total:
         return Span(0, total)
     presences = await read_presences(node.dht, source.model_id)
@@ -274,7 +289,7 @@ async def _choose(node: Node, source: ModelSource, choice: Choice, settings: Ser
     return choose_span(view, num_blocks, own=node.peer_id)
 
 
-def _blocks_that_fit(source: ModelSource, choice: Choice, settings: ServerConfig) -> int:
+def _blocks_that_fit(source: ModelSource, choice: BlockChoice, settings: ServerConfig) -> int:
     """How many blocks with their share of the cache fit into the memory allowed."""
     config = source.config
     if not choice.memory_bytes:

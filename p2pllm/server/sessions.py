@@ -22,7 +22,7 @@ Pure: no clock, no tensors. Outputs are opaque to it.
 
 import hmac
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
@@ -42,6 +42,8 @@ from p2pllm.wire.messages import Open, Rewire, Row
 
 WINDOW = 16  # steps of one session under way or kept: a pipelined prefill needs hops + 2
 MAX_KEPT_BYTES = 256 * 2**20  # of outputs not acknowledged; beyond, the oldest are dropped
+RECLAIM_IDLE_S = 5.0  # a person who types is slower, and their client tells it all again
+RUNNING_GRACE_S = 600.0  # a step that runs longer than its lease and this was lost by a bug
 MAX_HELD_BYTES = 128 * 2**20  # of early steps' messages, over all sessions
 
 OutputT = TypeVar("OutputT")
@@ -130,7 +132,7 @@ class SessionTable(Generic[OutputT]):
         held = self._sessions.get(request.session)
         if held is not None:
             self._authorise(held, request.client, request.epoch)
-            if held.span == request.span and held.max_tokens >= request.max_tokens:
+            if _fits(held, request):
                 self._raise_epoch(held, request.epoch)
                 held.request = request
                 held.expires = now + self._lease_s
@@ -199,16 +201,43 @@ class SessionTable(Generic[OutputT]):
             self._authorise(held, client, epoch)
             self._drop(held)
 
+    def needs_no_pages(self, request: Open) -> bool:
+        """Is it a session that is held already, with the same blocks and room enough?"""
+        held = self._sessions.get(request.session)
+        return held is not None and _fits(held, request)
+
     def is_within_quota(self, peer: PeerId, num_pages: int) -> bool:
         """Could `peer` hold that many more pages while others wait?"""
         return self._pages.is_within_quota(peer, num_pages)
 
     def expire(self, now: float) -> list[Session[OutputT]]:
         """Drop the sessions whose lease is over; returns which."""
-        over = [s for s in self._sessions.values() if s.expires <= now and not s.running]
+        over = [
+            session
+            for session in self._sessions.values()
+            if session.expires + (RUNNING_GRACE_S if session.running else 0.0) <= now
+        ]
         for session in over:
             self._drop(session)
         return over
+
+    def reclaim(self, now: float, waiting: Set[PeerId]) -> Session[OutputT] | None:
+        """Drop the longest idle session of a peer over its quota, for `waiting` others.
+
+        At most one at a time, idle for `RECLAIM_IDLE_S` at least: its client can build it again.
+        """
+        idle = [
+            session
+            for session in self._sessions.values()
+            if not session.running
+            and waiting - {session.client}
+            and not self._pages.is_within_quota(session.client, 0)
+            and now - (session.expires - self._lease_s) >= RECLAIM_IDLE_S
+        ]
+        longest = min(idle, key=lambda session: session.expires, default=None)
+        if longest is not None:
+            self._drop(longest)
+        return longest
 
     def next_expiry_s(self, now: float) -> float:
         """Seconds until the first lease may end: how long a refused client should wait."""
@@ -418,3 +447,7 @@ class SessionTable(Generic[OutputT]):
 def _turn(session: Session[OutputT]) -> int:
     """The number of the step that is next."""
     return 0 if session.last_step is None else session.last_step + 1
+
+
+def _fits(held: Session[OutputT], request: Open) -> bool:
+    return held.span == request.span and held.max_tokens >= request.max_tokens

@@ -22,7 +22,6 @@ from torch import Tensor
 from p2pllm.clock import Clock
 from p2pllm.errors import BadRequest, Busy, CodecError, RemoteFault, RequestFailed
 from p2pllm.ids import PeerId, SessionId
-from p2pllm.metrics import Histogram
 from p2pllm.model.executor import Executor
 from p2pllm.model.kv_cache import CacheRow, KVCache
 from p2pllm.model.span_model import SpanCompute
@@ -33,8 +32,8 @@ from p2pllm.wire.tensors import WireTensor
 
 logger = logging.getLogger(__name__)
 
-MAX_HELD_BYTES = 512 * 2**20  # of coded inputs that wait
-MAX_HELD_BYTES_PER_CLIENT = MAX_HELD_BYTES // 4  # beyond its first message
+MAX_WAITING_BYTES = 512 * 2**20  # of coded inputs that wait
+MAX_WAITING_BYTES_PER_CLIENT = MAX_WAITING_BYTES // 4  # beyond its first message
 RETRY_AFTER_S = 0.5
 
 
@@ -129,7 +128,6 @@ class Worker:
         self._held_bytes: Counter[PeerId] = Counter()  # of what waits, by client
         self._wake = asyncio.Event()
         self.on_results: Callable[[Sequence[Finished], Sequence[Failed]], None] | None = None
-        self.batch_s = Histogram()
         self.tokens_computed = 0
 
     @property
@@ -139,11 +137,11 @@ class Worker:
 
     def add(self, source: StepInput) -> None:
         """Queue the rows of a step; raises Busy, with none queued, if too much waits."""
-        num_bytes, held = len(source.tensor.data), self._held_bytes[source.client]
+        num_bytes, held = source.tensor.header.coded_bytes, self._held_bytes[source.client]
         in_all = self._held_bytes.total()
-        if held and held + num_bytes > MAX_HELD_BYTES_PER_CLIENT:
+        if held and held + num_bytes > MAX_WAITING_BYTES_PER_CLIENT:
             raise Busy(f"{held} bytes of yours wait here", retry_after_s=RETRY_AFTER_S)
-        if in_all and in_all + num_bytes > MAX_HELD_BYTES:
+        if in_all and in_all + num_bytes > MAX_WAITING_BYTES:
             raise Busy(f"{in_all} bytes wait here", retry_after_s=RETRY_AFTER_S)
         self._scheduler.add(source.inputs)
         self._inputs.update(source.inputs)
@@ -164,7 +162,7 @@ class Worker:
         source = row_input.source
         del source.inputs[task]
         if not source.inputs:
-            self._held_bytes[source.client] -= len(source.tensor.data)
+            self._held_bytes[source.client] -= source.tensor.header.coded_bytes
             if not self._held_bytes[source.client]:
                 del self._held_bytes[source.client]
 
@@ -194,7 +192,6 @@ class Worker:
             error = RemoteFault("the computation failed at the server")
             done = _Done([], [(piece.task, error) for piece in batch.pieces])
         now = self._now()
-        self.batch_s.add(now - started)
         self.tokens_computed += sum(piece.num_tokens for piece in batch.pieces)
         self._hand_over(batch, done, now)
 
@@ -224,6 +221,8 @@ class Worker:
             self.on_results(finished, failed)
         except Exception:  # one batch's rows are lost, and not the server
             logger.exception("results not delivered span=%s rows=%d", batch.span, len(batch.pieces))
+            for failure in failed:
+                self.cancel(failure.row.session, failure.row.step)
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

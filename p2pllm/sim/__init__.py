@@ -1,0 +1,1 @@
+"""Virtual time, an internet in memory, a fake model: whole swarms inside one test."""

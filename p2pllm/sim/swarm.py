@@ -30,7 +30,7 @@ from p2pllm.config import ClientConfig, DhtConfig, NetConfig, NodeConfig, Server
 from p2pllm.identity import Identity
 from p2pllm.ids import ModelId
 from p2pllm.model.config import ModelConfig
-from p2pllm.server.server import Choice, LoadProgress, Server
+from p2pllm.server.server import BlockChoice, LoadProgress, Server
 from p2pllm.sim.fake_model import FakeEdges, FakeSpanModel, fake_config, greedy
 from p2pllm.sim.loop import LoopClock
 from p2pllm.sim.network import SimNetwork
@@ -197,7 +197,7 @@ class SimSwarm:
                 config,
                 self._identity(),
                 self.source,
-                Choice(span),
+                BlockChoice(span),
                 network=self.internet.host(config.net.listen_host),
                 clock=self._clock,
                 executor=InlineExecutor(device_s),

@@ -136,11 +136,16 @@ class Node:
         dialled = await asyncio.gather(*(self._dial(address) for address in self.config.peers))
         entry = [peer for peer in dialled if isinstance(peer, PeerId)]
         reached = await self.dht.bootstrap([*entry, *known])
+        if self.config.peers and not entry and reached:
+            logger.warning(
+                "none of the given peers answered (%s); joined through peers known from before",
+                ", ".join(address.endpoint for address in self.config.peers),
+            )
         if self.config.peers and not reached:
             reasons = "; ".join(sorted({str(peer) for peer in dialled if peer is not None}))
             raise PeerUnreachable(
                 f"none of the given peers could be reached ({reasons}); "
-                "check the addresses, and that a node is running there"
+                "check the addresses, the swarm's name, and that a node is running there"
             )
         return reached
 

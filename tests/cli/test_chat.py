@@ -151,6 +151,21 @@ def test_a_question_that_fails_is_as_if_it_had_not_been_asked(model: FakeModel) 
     assert asyncio.run(fail()).messages == []
 
 
+def test_a_question_that_fails_again_elsewhere_is_forgotten_too(model: FakeModel) -> None:
+    async def fail() -> Conversation:
+        conversation = Conversation(SAMPLING)
+        conversation._model = cast(SwarmModel, model)
+        await conversation.say("one")
+        again = FakeSession(FIRST_SESSION_TOKENS)
+        model.lost = [model.sessions[0], again]
+        with pytest.raises(SessionUnknown):
+            await conversation.say("two")
+        return conversation
+
+    messages = asyncio.run(fail()).messages
+    assert [message["content"] for message in messages if message["role"] == "user"] == ["one"]
+
+
 def test_reset_frees_the_session(model: FakeModel) -> None:
     async def reset() -> Conversation:
         conversation = Conversation(SAMPLING)

@@ -14,7 +14,7 @@ from p2pllm.config import NetConfig, NodeConfig
 from p2pllm.errors import ConfigError, PeerUnreachable
 from p2pllm.identity import Identity
 from p2pllm.net.tcp import TcpNetwork
-from p2pllm.server.server import Choice, Server
+from p2pllm.server.server import BlockChoice, Server
 from p2pllm.sim.fake_model import FakeEdges, greedy
 from p2pllm.sim.swarm import LAB_DHT, LAB_SERVER, BytesTokenizer, fake_source
 from p2pllm.spans import Span
@@ -36,7 +36,7 @@ async def two_servers() -> AsyncIterator[list[Server]]:
                 server=LAB_SERVER,
             )
             opening = Server.open(
-                config, Identity.generate(), SOURCE, Choice(span), network=TcpNetwork()
+                config, Identity.generate(), SOURCE, BlockChoice(span), network=TcpNetwork()
             )
             servers.append(await stack.enter_async_context(opening))
         yield servers

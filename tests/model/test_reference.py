@@ -17,7 +17,9 @@ from p2pllm.model.edges import Edges
 from p2pllm.model.hub import resolve_model
 from p2pllm.model.kv_cache import CacheRow, KVCache
 from p2pllm.model.span_model import SpanModel
+from p2pllm.model.tensor_io import decode_tensor, encode_tensor
 from p2pllm.spans import Span
+from p2pllm.wire.tensors import TensorCodec
 
 VECTORS = Path(__file__).parent.parent / "vectors" / "smollm2_135m_greedy.json"
 CASES: list[dict[str, Any]] = json.loads(VECTORS.read_text())["cases"]
@@ -60,6 +62,22 @@ class LocalModel:
         hidden = self.blocks.forward(self.edges.embed(packed), rows, self.cache)
         last = torch.tensor([len(ids) for ids in new_ids]).cumsum(0) - 1
         return self.edges.logits(hidden[last])
+
+
+@pytest.mark.parametrize("boundary", [10, 20])
+def test_int8_keeps_real_hidden_states_within_two_percent(boundary: int) -> None:
+    checkpoint = open_checkpoint(resolve_model())
+    span = Span(0, boundary)
+    weights = (checkpoint.block_weights(index) for index in span)
+    blocks = SpanModel.load(checkpoint.config, span, weights, dtype=torch.float32)
+    edges = Edges.load(checkpoint.config, checkpoint.edge_weights(), dtype=torch.float32)
+    for case in CASES:
+        ids = torch.tensor([*case["prompt_ids"], *case["greedy_ids"]])
+        cache = blocks.make_cache(PAGES_PER_SEQUENCE, PAGE)
+        row = CacheRow(tuple(range(PAGES_PER_SEQUENCE)), 0, len(ids))
+        hidden = blocks.forward(edges.embed(ids), [row], cache)
+        coded = decode_tensor(encode_tensor(hidden, TensorCodec.INT8))
+        assert float((coded - hidden).norm() / hidden.norm()) <= 0.02
 
 
 def test_the_whole_model_gives_the_reference_tokens_and_logits() -> None:

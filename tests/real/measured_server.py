@@ -16,7 +16,7 @@ from p2pllm.identity import Identity
 from p2pllm.model.checkpoint import open_checkpoint
 from p2pllm.model.hub import DEFAULT_MODEL, resolve_model
 from p2pllm.net.tcp import TcpNetwork
-from p2pllm.server.server import CheckpointSource, Choice, Server
+from p2pllm.server.server import BlockChoice, CheckpointSource, Server
 from p2pllm.spans import Span
 
 TICK_S = 0.01
@@ -70,7 +70,7 @@ class Meter:
 
 async def serve(meter: Meter) -> None:
     checkpoint = open_checkpoint(resolve_model(""), DEFAULT_MODEL)
-    whole = Choice(Span(0, checkpoint.config.num_blocks))
+    whole = BlockChoice(Span(0, checkpoint.config.num_blocks))
     config = NodeConfig(
         net=NetConfig(listen_host="127.0.0.1", listen_port=0),
         server=ServerConfig(dtype="float32", throughput=1e4),

@@ -72,9 +72,8 @@ def _run_cli(peer: str, case: Case) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("is_chat", [False, True])
-def test_the_command_line_gives_the_reference_tokens(thirds: str, is_chat: bool) -> None:
-    case = next(case for case in CASES if bool(case["messages"]) == is_chat)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case["prompt"][:20]))
+def test_the_command_line_gives_the_reference_tokens(thirds: str, case: Case) -> None:
     result = _run_cli(thirds, case)
     assert result["token_ids"] == case["greedy_ids"]
     assert result["prompt_token_ids"] == case["prompt_ids"]
@@ -102,6 +101,11 @@ def test_one_batch_gives_the_reference_tokens(spans: str, request: pytest.Fixtur
             [_prompt(case) for case in CASES], max_new_tokens=NUM_TOKENS, ignore_eos=True
         )
     assert [list(result.token_ids) for result in results] == [case["greedy_ids"] for case in CASES]
+    route = [str(hop.blocks) for hop in results[0].route]
+    if spans == "uneven":
+        assert not set(route) <= set(UNEVEN)  # a server is left or entered inside its span
+    else:
+        assert route == list(THIRDS)
 
 
 def test_first_logits_agree_with_the_reference(thirds: str) -> None:

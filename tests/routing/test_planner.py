@@ -171,7 +171,18 @@ def test_excluded_servers_are_not_used() -> None:
 
 
 def test_servers_with_too_short_sessions_are_not_used() -> None:
-    view = a_view(a_server(1, "0:20", max_tokens=100))
+    view = a_view(a_server(1, "0:20", max_tokens=100), a_server(2, "0:20", block_s=3.0))
+    assert hops(plan(view, replace(REQUEST, max_tokens=101))) == [(2, "0:20")]
+
+
+def test_a_request_that_no_server_could_ever_hold_is_told_the_limit() -> None:
+    view = a_view(a_server(1, "0:20", max_tokens=100), a_server(2, "5:9", max_tokens=4096))
+    with pytest.raises(ConfigError, match=r"101 tokens are asked .* at most 100"):
+        plan(view, replace(REQUEST, max_tokens=101))
+
+
+def test_missing_blocks_go_before_too_short_sessions() -> None:
+    view = a_view(a_server(1, "0:10", max_tokens=100))
     with pytest.raises(NoRoute, match="unable to hold 101 tokens"):
         plan(view, replace(REQUEST, max_tokens=101))
 

@@ -19,6 +19,8 @@ from p2pllm.ids import ModelId, PeerId, SessionId
 from p2pllm.server.pages import PAGE_TOKENS, PageAllocator
 from p2pllm.server.sessions import (
     MAX_HELD_BYTES,
+    RECLAIM_IDLE_S,
+    RUNNING_GRACE_S,
     WINDOW,
     Accepted,
     Repeated,
@@ -270,14 +272,31 @@ def test_a_stranger_does_not_renew_a_lease() -> None:
     assert len(made.expire(LEASE_S)) == 1
 
 
-def test_a_session_with_a_step_under_way_never_expires() -> None:
+def test_a_session_with_a_step_under_way_expires_only_when_that_must_be_lost() -> None:
     made = opened()
     made.on_row(row(), ALICE, b"", 0.0)
 
-    assert made.expire(1e6) == []
-    made.on_output(row(), "out", 1e6)
-    assert made.expire(1e6) == []
-    assert len(made.expire(1e6 + LEASE_S)) == 1
+    assert made.expire(RUNNING_GRACE_S) == []
+    made.on_output(row(), "out", RUNNING_GRACE_S)
+    assert made.expire(RUNNING_GRACE_S) == []
+    made.on_row(row(step=1, position=1), ALICE, b"", RUNNING_GRACE_S)
+    assert made.expire(2 * RUNNING_GRACE_S) == []
+    assert len(made.expire(2 * RUNNING_GRACE_S + LEASE_S)) == 1
+
+
+def test_the_longest_idle_session_over_quota_is_reclaimed_for_others_only() -> None:
+    made, pages = table(quota_pages=1)
+    made.open(opening(ONE, max_tokens=PAGE_TOKENS), 0.0)
+    made.open(opening(TWO, max_tokens=PAGE_TOKENS), 1.0)
+    late = 1.0 + RECLAIM_IDLE_S
+
+    assert made.reclaim(RECLAIM_IDLE_S - 0.1, {BOB}) is None
+    assert made.reclaim(late, {ALICE}) is None
+    reclaimed = made.reclaim(late, {ALICE, BOB})
+    assert reclaimed is not None
+    assert reclaimed.id == ONE
+    assert made.reclaim(late, {BOB}) is None  # within its quota now
+    assert pages.num_free == NUM_PAGES - 1
 
 
 # --- who may push -------------------------------------------------------------------------------

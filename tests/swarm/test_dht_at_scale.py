@@ -88,6 +88,7 @@ class Churn:
     def __init__(self, swarm: DhtSwarm, nodes_per_s: float) -> None:
         self.swarm = swarm
         self.publishers: dict[PeerId, Publisher] = {}
+        self.have_published: set[PeerId] = set()
         self._pause_s = 1 / nodes_per_s
 
     def serve(self, node: DhtNode) -> None:
@@ -112,11 +113,16 @@ class Churn:
             self.serve(node)
 
     def live(self, model: str) -> set[PeerId]:
-        """Who serves the model, and has said so."""
+        """Who serves the model and has said so once; whose record got lost later counts too."""
+        self.have_published.update(
+            peer
+            for peer, publisher in self.publishers.items()
+            if publisher.publication.num_replicas
+        )
         return {
-            publisher.node.peer_id
-            for publisher in self.publishers.values()
-            if publisher.model == model and publisher.publication.num_replicas
+            peer
+            for peer, publisher in self.publishers.items()
+            if publisher.model == model and peer in self.have_published
         }
 
 

@@ -14,7 +14,7 @@ from p2pllm.config import DhtConfig, NetConfig, NodeConfig
 from p2pllm.errors import BadRequest, ConfigError, TransportError
 from p2pllm.identity import Identity
 from p2pllm.model.executor import Executor
-from p2pllm.server.server import Choice, Server
+from p2pllm.server.server import BlockChoice, Server
 from p2pllm.sim.loop import LoopClock, run
 from p2pllm.sim.swarm import LAB_DHT, LAB_SERVER, PORT, InlineExecutor, SimSwarm
 from p2pllm.spans import Span
@@ -45,7 +45,7 @@ async def served(
         config,
         IDENTITY,
         swarm.source,
-        Choice(WHOLE),
+        BlockChoice(WHOLE),
         network=swarm.internet.host(HOST),
         clock=LoopClock(),
         executor=executor or InlineExecutor(0.01),
@@ -159,7 +159,7 @@ def test_blocks_that_the_model_does_not_have_are_refused_before_anything_is_open
                 NodeConfig(),
                 IDENTITY,
                 swarm.source,
-                Choice(Span(2, 5)),
+                BlockChoice(Span(2, 5)),
                 network=swarm.internet.host(HOST),
             ):
                 pass

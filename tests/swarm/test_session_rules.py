@@ -679,7 +679,7 @@ def test_a_first_message_larger_than_a_share_of_the_queue_is_taken() -> None:
 
 
 def test_bytes_that_wait_are_bounded_for_each_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "MAX_HELD_BYTES_PER_CLIENT", 64 * WIDTH * 4)
+    monkeypatch.setattr(worker, "MAX_WAITING_BYTES_PER_CLIENT", 64 * WIDTH * 4)
 
     async def scenario(server: SimServer, alice: RawClient, bob: RawClient) -> None:
         await bob.open(TWO)
@@ -795,6 +795,34 @@ def test_who_is_over_quota_waits_behind_who_is_not() -> None:
             assert order == ["bob"]
             await alice.ask(Close((TWO,), 0))
         assert order == ["bob", "alice"]
+
+    with_clients(scenario, FOUR_PAGES)
+
+
+def test_a_take_over_for_more_pages_waits_in_line_as_well() -> None:
+    async def scenario(server: SimServer, alice: RawClient, bob: RawClient) -> None:
+        for number in (1, 2, 3):
+            await alice.open(session_id(number), max_tokens=2 * PAGE_TOKENS)
+        waiting = asyncio.ensure_future(bob.open(session_id(9), max_tokens=192, wait_s=30.0))
+        await asyncio.sleep(0.1)
+        with pytest.raises(CacheFull):
+            await alice.open(ONE, epoch=1, max_tokens=3 * PAGE_TOKENS)
+        await alice.open(TWO, epoch=1, max_tokens=2 * PAGE_TOKENS)  # needs no more
+        await alice.ask(Close((THREE,), 0))
+        await waiting
+
+    with_clients(scenario, replace(LAB_SERVER, cache_tokens=8 * PAGE_TOKENS))
+
+
+def test_an_idle_peer_over_quota_gives_way_to_who_waits() -> None:
+    async def scenario(server: SimServer, alice: RawClient, bob: RawClient) -> None:
+        for number in range(1, 5):
+            await alice.open(session_id(number))
+        started = asyncio.get_running_loop().time()
+        await bob.open(session_id(9), wait_s=30.0)
+        assert asyncio.get_running_loop().time() - started < 8.0
+        await alice.step(row(0, 0, 1))
+        assert alice.failures[-1].error == SessionUnknown.code
 
     with_clients(scenario, FOUR_PAGES)
 

@@ -23,7 +23,7 @@ from p2pllm.model.hub import DEFAULT_MODEL, resolve_model
 from p2pllm.model.kv_cache import KVCache, Rows
 from p2pllm.model.span_model import SpanCompute
 from p2pllm.net.tcp import TcpNetwork
-from p2pllm.server.server import CheckpointSource, Choice, LoadProgress, Server
+from p2pllm.server.server import BlockChoice, CheckpointSource, LoadProgress, Server
 from p2pllm.spans import Span
 
 # Everything is on one host, which real swarms do not allow to fill a routing table.
@@ -74,7 +74,7 @@ async def serve(span: Span, dtype: str, kind: str, peers: list[str]) -> None:
         server=ServerConfig(dtype=dtype, cache_tokens=16_384),
     )
     async with Server.open(
-        config, Identity.generate(), source, Choice(span), network=TcpNetwork()
+        config, Identity.generate(), source, BlockChoice(span), network=TcpNetwork()
     ) as server:
         print(server.node.addresses[0], flush=True)
         await asyncio.to_thread(sys.stdin.read)
