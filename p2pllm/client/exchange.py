@@ -16,6 +16,7 @@ from p2pllm.ids import PeerId, SessionId
 from p2pllm.net.endpoint import Endpoint
 from p2pllm.net.frames import Priority
 from p2pllm.net.rpc import Request
+from p2pllm.tasks import task_group
 from p2pllm.wire.messages import Ack, HopFailed, HopTiming, Message, Output, Row, Step
 from p2pllm.wire.tensors import WireTensor
 
@@ -67,8 +68,13 @@ class Exchange:
         self._waiters.update(dict.fromkeys(keys, waiter))
         try:
             async with asyncio.timeout(timeout_s):
-                await self._endpoint.push(hops[0], step, timeout_s=timeout_s, priority=priority)
-                return await waiter.done
+                async with task_group() as tasks:
+                    pushing = tasks.create_task(
+                        self._endpoint.push(hops[0], step, timeout_s=timeout_s, priority=priority)
+                    )
+                    answer = await done
+                    pushing.cancel()  # the output says more than an acknowledgement
+                    return answer
         except TimeoutError as exc:
             names = ", ".join(hop.short for hop in hops)
             raise DeadlineExceeded(f"{names} gave no output within {timeout_s:g} s") from exc

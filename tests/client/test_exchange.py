@@ -177,13 +177,18 @@ def test_no_answer_in_time_is_a_deadline_exceeded() -> None:
     with_step(scenario)
 
 
-def test_a_push_that_fails_fails_the_step_also_after_the_hop_has_failed_it() -> None:
+@pytest.mark.parametrize("is_failed_first", [True, False])
+def test_what_fails_first_is_raised_and_the_other_error_is_not_left_over(
+    is_failed_first: bool,
+) -> None:
     async def scenario(endpoint: FakeEndpoint, waiting: "asyncio.Task[tuple[Part, ...]]") -> None:
-        await endpoint.arrive(failed(*ROWS))  # `run` would report an error that nobody took
         assert endpoint.push_ends is not None
+        if is_failed_first:
+            await endpoint.arrive(failed(*ROWS))
         endpoint.push_ends.set_exception(ConnectionLost("gone"))
-        with pytest.raises(ConnectionLost):
+        with pytest.raises(OutOfOrder if is_failed_first else ConnectionLost):
             await waiting
+        await endpoint.arrive(failed(*ROWS))  # `run` would report an error that nobody took
 
     async def main() -> None:
         endpoint = FakeEndpoint()
