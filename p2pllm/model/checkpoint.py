@@ -7,10 +7,11 @@ the embedding, the final norm and the head; nothing else is touched.
 **Identity.** All who hold the same source must compute the same ModelId, also those who have
 downloaded two shards of thirty: so it depends on what everyone has. It hashes the config, the
 names, shapes and types of the tensors that the model uses, the tokenizer with its chat template,
-and, where the weights are one file, a few bytes of each tensor. Names come from the source's
-index, and all that the model needs must be there; shapes follow from the config, and each tensor's
-real shape is compared when it is read; types are those of the GGUF file, or the one that
-`config.json` declares. Sharded fine-tunes that differ in values only are not told apart.
+and, where the weights are one file, a few bytes of each tensor, else the files that describe it.
+Names come from the source's index, and all that the model needs must be there; shapes follow from
+the config, and each tensor's real shape is compared when it is read; types are those of the GGUF
+file, or the one that `config.json` declares. Sharded fine-tunes whose config and index are equal to the letter are not
+told apart.
 """
 
 import hashlib
@@ -48,7 +49,7 @@ class TensorSource(Protocol):
         """The type of every tensor of the whole model, whether it is here or not."""
 
     def sample(self) -> bytes:
-        """A digest of some bytes of each tensor; empty where not everybody has all of them."""
+        """A digest that tells apart models which differ in their tensors' values."""
 
     def read(self, name: str) -> Tensor:
         """One tensor, in any float type; raises CheckpointError naming file and tensor."""

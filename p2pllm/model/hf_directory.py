@@ -8,6 +8,7 @@ Files are memory-mapped: reading a tensor touches its pages only. Pickled checkp
 (`pytorch_model.bin`) are refused, because loading one runs whatever code it holds.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,21 @@ class HfDirectory:
         return dict.fromkeys(self._shards, self._declared_type)
 
     def sample(self) -> bytes:
-        """A digest of bytes of all tensors; empty for shards, which not everyone has."""
+        """A digest of bytes of all tensors, or of what tells sharded models apart without them.
+
+        Not everyone has all shards, but everyone has the config and the index as they were
+        written: two fine-tunes seldom share both to the letter.
+        """
         path = self.path / SINGLE
-        return sample(path, safetensors_places(path)) if path.is_file() else b""
+        if path.is_file():
+            return sample(path, safetensors_places(path))
+        digest = hashlib.sha256()
+        for name in ("config.json", INDEX):
+            try:
+                digest.update((self.path / name).read_bytes())
+            except OSError as exc:
+                raise CheckpointError(f"{self.path / name}: cannot be read ({exc})") from exc
+        return digest.digest()
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name, in the file's type and perhaps a view of the file."""

@@ -56,6 +56,16 @@ def test_the_identity_is_the_same_from_all_shards_and_from_some_of_them(
     assert whole.model_id == open_checkpoint(partial).model_id
 
 
+def test_a_sharded_fine_tune_is_another_model_by_the_files_that_describe_it(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    base = tiny.write_hf(tmp_path / "base", num_shards=2)
+    tuned = tiny.write_hf(tmp_path / "tuned", num_shards=2)
+    assert open_checkpoint(base).model_id == open_checkpoint(tuned).model_id
+    edit(tuned / "config.json", _name_or_path="somebody/fine-tune")
+    assert open_checkpoint(base).model_id != open_checkpoint(tuned).model_id
+
+
 @pytest.mark.parametrize("kind", ["hf", "gguf"])
 def test_a_fine_tune_in_one_file_is_another_model(tiny: Tiny, tmp_path: Path, kind: str) -> None:
     ids = set()
