@@ -10,8 +10,8 @@ names, shapes and types of the tensors that the model uses, the tokenizer with i
 and, where the weights are one file, a few bytes of each tensor, else the files that describe it.
 Names come from the source's index, and all that the model needs must be there; shapes follow from
 the config, and each tensor's real shape is compared when it is read; types are those of the GGUF
-file, or the one that `config.json` declares. Sharded fine-tunes whose config and index are equal to the letter are not
-told apart.
+file, or the one that `config.json` declares. Sharded fine-tunes whose config and index are equal
+to the letter are not told apart.
 """
 
 import hashlib
