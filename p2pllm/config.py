@@ -94,7 +94,7 @@ class ServerConfig:
 
     dtype: str = "auto"  # float32 on CPU without fast bfloat16, else bfloat16
     device: str = "auto"
-    cache_tokens: int = 16_384  # tokens in the K/V cache, over all sessions
+    cache_tokens: int = 16_384  # tokens in the K/V cache, over all sessions: 8 of 2048 each
     max_sessions: int = 256
     max_tokens_per_session: int = 8192
     max_tokens_per_peer: int = 0  # 0: a quarter of cache_tokens while others wait
@@ -106,6 +106,7 @@ class ServerConfig:
     allow: frozenset[str] = frozenset()  # PeerIds; empty: everyone
     block: frozenset[str] = frozenset()
     throughput: float = 0.0  # tokens × blocks per second; 0: measure
+    is_balanced: bool = True  # moves to blocks that the swarm needs more, if it chose its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,7 @@ class ClientConfig:
     open_timeout_s: float = 10.0
     step_timeout_s: float = 60.0
     patience_s: float = 60.0  # for free cache or a missing block to appear
+    journal_bytes: int = 512 * 2**20  # of hop inputs in memory; older ones go to a temporary file
     max_pings: int = 16  # servers measured before a route is planned
     allowed_servers: frozenset[str] = frozenset()
     blocked_servers: frozenset[str] = frozenset()

@@ -23,6 +23,7 @@
       LookupFailed              the DHT gave no usable answer
       NoRoute(missing)          no chain of servers covers all blocks
       OpenFailed(failures)      not every hop of a route could be opened    -> plan another
+      StepFailed(peer, cause)   a hop did not carry out a step              -> replace the hop
       SessionLost               a generation could not be continued
       CheckpointError           a file of the model is missing, truncated or of another model
       ConfigError               what the user asked for cannot be      -> tell them what can
@@ -185,6 +186,24 @@ class OpenFailed(P2PLLMError):
     def __init__(self, failures: Mapping[Any, P2PLLMError]) -> None:
         super().__init__("; ".join(str(exc) for exc in failures.values()))
         self.failures = dict(failures)
+
+
+class StepFailed(P2PLLMError):
+    """A hop of a chain did not carry out a step.
+
+    `peer` is who says so (`cause` is then a RequestFailed), who was lost (a TransportError) or who
+    answered nonsense (a RemoteProtocolError). `next_hop`: `peer` could not pass the step on to it.
+    `is_input`: `peer` finds the input wrong that it was given.
+    """
+
+    def __init__(
+        self, peer: Any, cause: P2PLLMError, next_hop: Any = None, *, is_input: bool = False
+    ) -> None:
+        super().__init__(str(cause))
+        self.peer = peer
+        self.cause = cause
+        self.next_hop = next_hop
+        self.is_input = is_input
 
 
 class SessionLost(P2PLLMError):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # torch is imported when a swarm is connected, not before
     from torch import Tensor
 
     from p2pllm.client.client import Swarm
-    from p2pllm.client.model import Prompt, Session, SwarmModel
+    from p2pllm.client.model import Prompt, SavedSession, Session, SwarmModel
     from p2pllm.client.results import GenerationResult
     from p2pllm.routing.planner import Route
     from p2pllm.swarm.announcements import ModelListing
@@ -138,6 +138,12 @@ class SyncModel:
         with self._portal.inside(lambda: self._model.session(**options)) as session:
             yield SyncSession(session, self._portal)
 
+    @contextmanager
+    def resume(self, saved: "SavedSession") -> Iterator["SyncSession"]:
+        """A session that holds what `SyncSession.export` has saved."""
+        with self._portal.inside(lambda: self._model.resume(saved)) as session:
+            yield SyncSession(session, self._portal)
+
 
 class SyncSession:
     """One sequence's cache along a route; see `p2pllm.client.model.Session`."""
@@ -158,6 +164,10 @@ class SyncSession:
     def rollback(self, position: int) -> None:
         """Forget all tokens from `position` on."""
         self.session.rollback(position)
+
+    def export(self) -> "SavedSession":
+        """What `SyncModel.resume` needs to open such a session again."""
+        return self.session.export()
 
     def fork(self) -> "SyncSession":
         """A second session with the same tokens; close it when it is done with."""

@@ -33,13 +33,17 @@ IO = {
     "clock", "loops", "tasks", "net/tcp", "net/memory", "net/shaper", "net/endpoint", "net/rpc",
     "model/hub", "model/executor", "dht/node", "swarm/tracker", "swarm/node",
     "server/worker", "server/throughput", "server/handlers", "server/announcer", "server/server",
+    "server/balancer", "server/serving",
+    "server/admission", "server/outbox", "server/handover",
     "client/session", "client/exchange", "client/generate", "client/model",
-    "client/client",
+    "client/moves", "client/recovery", "client/replacement", "client/routes", "client/client",
+    "client/generation",
     "sync", "sim", "cli",
 }  # fmt: skip
 TORCH = {
     "model", "server/worker", "server/throughput", "sync",
-    "client/compute", "client/generate", "client/model", "sim/fake_model", "cli/doctor",
+    "client/compute", "client/generate", "client/generation", "client/model",
+    "sim/fake_model", "cli/doctor",
 }  # fmt: skip
 PURE_BUT = {  # root module -> who may import it
     **dict.fromkeys(

@@ -22,6 +22,7 @@ SUMMARIES = {
     "chat": "Talk with a model of the swarm.",
     "status": "Show who serves which blocks.",
     "route": "Show the chain of servers that a request would take, and why.",
+    "trace": "Draw where the time of every token went.",
     "serve": "Serve blocks of a model to the swarm.",
     "bootstrap": "Run a node that only helps others to find each other.",
     "fetch": "Download a model to this computer.",

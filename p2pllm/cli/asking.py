@@ -13,7 +13,7 @@ from p2pllm.errors import ConfigError
 if TYPE_CHECKING:
     from p2pllm.client.client import Swarm
     from p2pllm.client.model import SwarmModel
-    from p2pllm.client.results import GenerationResult
+    from p2pllm.client.results import ChainEvent, GenerationResult
 
 
 def client_settings(use: UseOptions) -> ClientConfig:
@@ -23,6 +23,7 @@ def client_settings(use: UseOptions) -> ClientConfig:
         wire_codec=use.wire_codec,
         patience_s=use.patience,
         is_chained=use.is_chained,
+        journal_bytes=use.journal_bytes,
     )
 
 
@@ -106,8 +107,26 @@ def as_json(result: "GenerationResult") -> dict[str, Any]:
             }
             for hop in result.route
         ],
-        "recoveries": result.recoveries,
+        "journal_peak_bytes": result.journal_peak_bytes,
+        "recoveries": [
+            {
+                "reason": repair.reason,
+                "lost": [{"peer_id": str(peer), "blocks": str(span)} for peer, span in repair.lost],
+                "by": [{"peer_id": str(peer), "blocks": str(span)} for peer, span in repair.by],
+                "stall_s": repair.stall_s,
+                "replayed_tokens": repair.replayed_tokens,
+            }
+            for repair in result.recoveries
+        ],
     }
+
+
+def tell_event(event: "ChainEvent") -> None:
+    """What happens to the route while text is generated, on stderr."""
+    from p2pllm.client.results import Recovered, event_words
+
+    if not isinstance(event, Recovered) or event.lost:
+        tell(f"\n({event_words(event)[1]})")
 
 
 def tell_route(result: "GenerationResult") -> None:
@@ -123,6 +142,7 @@ def tell_route(result: "GenerationResult") -> None:
         parts.append(f"first after {result.ttft_s:.2f} s")
     if result.tokens_per_s is not None:
         parts.append(f"then {result.tokens_per_s:.1f} tokens/s")
-    if result.recoveries:
-        parts.append(f"{result.recoveries} lost servers replaced")
+    num_lost = sum(len(repair.lost) for repair in result.recoveries)
+    if num_lost:
+        parts.append(f"{num_lost} lost server{'s' if num_lost > 1 else ''} replaced")
     tell(", ".join(parts))

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from p2pllm.cli.asking import client_settings, generate_options, has_chat_template, swarm_model
+from p2pllm.cli.asking import (
+    client_settings,
+    generate_options,
+    has_chat_template,
+    swarm_model,
+    tell_event,
+)
 from p2pllm.cli.nodes import asking_node
 from p2pllm.cli.options import (
     ClientOptions,
@@ -22,7 +28,7 @@ from p2pllm.cli.options import (
 from p2pllm.cli.runner import exit_when_terminated
 from p2pllm.cli.terminal import Activity, printable, tell
 from p2pllm.config import NodeConfig
-from p2pllm.errors import ConfigError, P2PLLMError, RequestFailed, TransportError
+from p2pllm.errors import ConfigError, P2PLLMError
 from p2pllm.loops import LoopThread
 
 if TYPE_CHECKING:
@@ -159,13 +165,10 @@ class Conversation:
         await self._drop_session()
 
     async def say(self, text: str) -> None:
-        """Say something and print the answer as it comes.
-
-        A session that its servers lost is replaced once, and what was said is told anew.
-        """
+        """Say something and print the answer as it comes."""
         self.messages.append({"role": "user", "content": text})
         try:
-            answer = await self._answer_twice()
+            answer = await self._answer()
         except P2PLLMError:
             self.messages.pop()
             raise
@@ -174,22 +177,13 @@ class Conversation:
         else:
             self.messages.pop()  # stopped before the first word: as if it had not been said
 
-    async def _answer_twice(self) -> str:
-        """The answer; from other servers if the ones that held the session are lost."""
-        was_held = self._session is not None
-        try:
-            return await self._answer()
-        except (TransportError, RequestFailed) as exc:
-            await self._drop_session()
-            if not was_held:
-                raise
-            tell(f"\n(a server was lost: {exc}; telling another one what was said)")
-            return await self._answer()
-
     async def _answer(self) -> str:
         session = await self._session_for_messages()
         generation = self.model.generate(
-            self.messages, session=session, **generate_options(self.sampling)
+            self.messages,
+            session=session,
+            on_event=tell_event,
+            **generate_options(self.sampling),
         )
         try:
             async with generation:
@@ -197,8 +191,7 @@ class Conversation:
                     click.echo(printable(piece), nl=False)
             click.echo()
         except asyncio.CancelledError:
-            # A step may be half way through the servers, and so they disagree: tell them anew.
-            await self._drop_session()
+            pass  # Ctrl-C: what was said so far is the answer
         (result,) = generation.results()
         return result.text
 

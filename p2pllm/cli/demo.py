@@ -1,4 +1,8 @@
-"""`p2pllm demo`: a whole swarm of processes on this computer, and a question to it."""
+"""`p2pllm demo`: a whole swarm of processes on this computer, a question to it, and a murder.
+
+The question is asked twice. The second time the server in the middle is killed while it answers,
+another one takes over, and the two answers are compared.
+"""
 
 import contextlib
 import json
@@ -7,9 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -32,12 +37,19 @@ from p2pllm.cli.terminal import Activity, tell
 from p2pllm.config import NodeConfig, ShaperConfig
 from p2pllm.errors import P2PLLMError
 
-BLOCKS = ("0:10", "10:20", "20:30")  # thirds of the default model
+if TYPE_CHECKING:
+    from p2pllm.client.model import SwarmModel
+    from p2pllm.client.results import GenerationResult
+
+# Thirds of the default model, and another server for the middle one.
+SERVERS = {"server 0:10": "0:10", "server 10:20": "10:20", "server 20:30": "20:30"}
+SPARE = {"spare 10:20": "10:20"}
 CACHE_TOKENS = 8192
 PROMPT = "Why do bees live in swarms?"
 READY_WITHIN_S = 300.0  # three processes load torch and blocks at once, perhaps on two cores
 POLL_S = 0.05
 STOP_WITHIN_S = 5.0
+KILL_AFTER = 12  # tokens of the second answer
 LOG_LINES = 15  # of a server that failed
 KEPT_VARIABLE = "P2PLLM_CACHE"  # where the model is; all other settings are the demo's own
 
@@ -55,37 +67,50 @@ KEPT_VARIABLE = "P2PLLM_CACHE"  # where the model is; all other settings are the
 @option(
     "--dtype",
     type=click.Choice(DTYPES),
-    default="auto",
+    default="float32",
     show_default=True,
-    help="What all compute in.",
+    help="What all compute in; float32 answers the same on any way through the swarm.",
 )
 @chain_option
+@option(
+    "--kill/--no-kill",
+    default=True,
+    show_default=True,
+    help="Ask again, and kill a server in the middle of the answer.",
+)
 @option("--chat", "stay", is_flag=True, help="Stay for a conversation afterwards.")
 @common_options
 @click.pass_context
 def command(
-    ctx: click.Context, prompt: str, max_new_tokens: int, dtype: str, is_chained: bool, stay: bool
+    ctx: click.Context,
+    prompt: str,
+    max_new_tokens: int,
+    dtype: str,
+    is_chained: bool,
+    kill: bool,
+    stay: bool,
 ) -> None:
     """Run a whole swarm on this computer and ask it something.
 
-    Fetches the default model, starts a bootstrap node and three servers with a third of the model
-    each, asks one question, shows the answer, the way it took and how fast it was, and stops
-    everything.
+    Fetches the default model, starts a bootstrap node, three servers with a third of the model
+    each and a spare one, asks one question, shows the answer, the way it took and how fast it was.
+    Then it asks again, kills a server in the middle of the answer (kill -9), and compares the two
+    answers. In the end it stops everything.
 
     \b
     Examples:
       p2pllm demo
-      p2pllm demo --chat
+      p2pllm demo --no-kill --chat
     """
     sampling = SamplingOptions(max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, seed=None)
     use = UseOptions("", dtype, "auto", patience=30.0, is_chained=is_chained)
     with exit_when_terminated(), Activity() as activity:
         _fetch(activity)
-        with _LocalSwarm.running(dtype, activity) as swarm:
+        with _LocalSwarm.running(dtype, activity, with_spare=kill) as swarm:
             network = swarm.client_options()
             config = asking_node(ctx, network, client_settings(use))
-            tell(f"\n> {prompt}")
-            run(_ask(config, network, use, Question(prompt, sampling), activity))
+            victims = swarm if kill else None
+            run(_ask(config, network, use, Question(prompt, sampling), victims, activity))
             if stay:
                 chat(config, network, use, _for_chat(sampling))
 
@@ -95,13 +120,58 @@ async def _ask(
     network: ClientOptions,
     use: UseOptions,
     question: Question,
+    victims: "_LocalSwarm | None",
     activity: Activity,
 ) -> None:
     async with swarm_model(config, network, use, activity) as model:
+        tell(f"\n> {question.prompt}")
         activity.say("waiting for the first token")
         result = await answer(model, question, activity)
+        tell("")
+        tell_route(result)
+        if victims is not None:
+            await _ask_and_kill(model, question, victims, result, activity)
+
+
+async def _ask_and_kill(
+    model: "SwarmModel",
+    question: Question,
+    victims: "_LocalSwarm",
+    first: "GenerationResult",
+    activity: Activity,
+) -> None:
+    """The same again, with a death in the middle."""
+    victim = first.route[len(first.route) // 2]
+    num_pieces = 0
+
+    def on_piece() -> None:
+        nonlocal num_pieces
+        num_pieces += 1
+        if num_pieces == KILL_AFTER:
+            victims.kill(str(victim.peer_id))
+            tell(f"\n(kill -9: server {victim.peer_id.short}, blocks {victim.blocks})")
+
+    tell(f"\nThe same again; server {victim.peer_id.short} will not live to see the end of it.")
+    tell(f"\n> {question.prompt}")
+    activity.say("waiting for the first token")
+    second = await answer(model, question, activity, on_piece=on_piece)
     tell("")
-    tell_route(result)
+    tell_route(second)
+    _compare(first.token_ids, second.token_ids)
+
+
+def _compare(first: Sequence[int], second: Sequence[int]) -> None:
+    """Say whether both answers are the same."""
+    if first == second:
+        tell(f"both answers are the same, all {len(first)} tokens of them")
+        return
+    same = next(
+        (i for i, pair in enumerate(zip(first, second, strict=False)) if len(set(pair)) > 1),
+        min(len(first), len(second)),
+    )
+    tell(
+        f"the answers differ from token {same + 1} on: two tokens were as good as each other there"
+    )
 
 
 def _for_chat(sampling: SamplingOptions) -> SamplingOptions:
@@ -137,6 +207,11 @@ class _Node:
     ready_file: Path
     log_file: Path
 
+    @property
+    def peer_id(self) -> str:
+        """Who it is, once it is ready."""
+        return str(json.loads(self.ready_file.read_text())["peer_id"])
+
     def addresses(self) -> list[str] | None:
         """Where it is, once it is ready; P2PLLMError if it has ended instead."""
         if self.ready_file.exists():
@@ -165,12 +240,14 @@ class _LocalSwarm:
 
     @classmethod
     @contextlib.contextmanager
-    def running(cls, dtype: str, activity: Activity) -> Iterator["_LocalSwarm"]:
+    def running(
+        cls, dtype: str, activity: Activity, *, with_spare: bool
+    ) -> Iterator["_LocalSwarm"]:
         """Start all; yields when all are ready, and stops them whatever happens."""
         with tempfile.TemporaryDirectory(prefix="p2pllm-demo-") as directory:
             swarm = cls(Path(directory))
             try:
-                swarm._start(dtype, activity)
+                swarm._start(dtype, SERVERS | (SPARE if with_spare else {}), activity)
                 yield swarm
             finally:
                 activity.clear()
@@ -183,7 +260,13 @@ class _LocalSwarm:
         peers = tuple(Address.parse(peer) for peer in self._peers)
         return ClientOptions(self._name, (peers,), None, ShaperConfig())
 
-    def _start(self, dtype: str, activity: Activity) -> None:
+    def kill(self, peer_id: str) -> None:
+        """End a server as a power failure would."""
+        for node in self._nodes:
+            if node.peer_id == peer_id:
+                node.process.kill()
+
+    def _start(self, dtype: str, blocks: Mapping[str, str], activity: Activity) -> None:
         activity.say("starting the bootstrap node")
         bootstrap = self._launch("bootstrap node", ["bootstrap", "--new-swarm"])
         self._peers = self._wait_for([bootstrap], activity)
@@ -192,8 +275,8 @@ class _LocalSwarm:
         common = ["--dtype", dtype, "--cache-tokens", str(CACHE_TOKENS)]
         common += ["--peers", ",".join(self._peers)]
         servers = [
-            self._launch(f"server {blocks}", ["serve", "--blocks", blocks, *common])
-            for blocks in BLOCKS
+            self._launch(name, ["serve", "--blocks", span, *common])
+            for name, span in blocks.items()
         ]
         places = self._wait_for(servers, activity)
         activity.clear()

@@ -2,7 +2,10 @@
 
 import json
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -13,6 +16,7 @@ from p2pllm.cli.asking import (
     generate_options,
     has_chat_template,
     swarm_model,
+    tell_event,
     tell_route,
 )
 from p2pllm.cli.nodes import asking_node
@@ -29,8 +33,10 @@ from p2pllm.cli.options import (
 from p2pllm.cli.runner import run
 from p2pllm.cli.terminal import Activity, printable
 from p2pllm.config import NodeConfig
+from p2pllm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from p2pllm.client.generation import Generation, Prompt, SavedSession
     from p2pllm.client.model import SwarmModel
     from p2pllm.client.results import GenerationResult
 
@@ -39,12 +45,14 @@ if TYPE_CHECKING:
 class Question:
     """What is asked, and what is to be shown of the answer."""
 
-    prompt: str
+    prompt: "str | SavedSession"
     sampling: SamplingOptions
     stop: tuple[str, ...] = ()
     is_chat: bool | None = None  # None: if the model has a template
     ignore_eos: bool = False
     is_streamed: bool = True
+    saved_to: Path | None = None
+    traced_to: Path | None = None
 
 
 @click.command("generate")
@@ -60,6 +68,24 @@ class Question:
     "[default: --chat if the model has a template]",
 )
 @option("--ignore-eos", is_flag=True, help="Go on when the model wants to end.")
+@option(
+    "--save",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Keep the tokens there, also if the answer breaks off: --resume goes on with them.",
+)
+@option(
+    "--resume",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Continue what --save has kept, in place of a PROMPT.",
+)
+@option(
+    "--trace",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write there where the time of each token goes; `p2pllm trace FILE` draws it.",
+)
 @option("--show-route", is_flag=True, help="Say which servers answered, and how fast.")
 @option("--json", "as_object", is_flag=True, help="Print one JSON object at the end, only.")
 @common_options
@@ -73,6 +99,9 @@ def command(
     stop: tuple[str, ...],
     chat: bool | None,
     ignore_eos: bool,
+    save: Path | None,
+    resume: Path | None,
+    trace: Path | None,
     show_route: bool,
     as_object: bool,
 ) -> None:
@@ -86,10 +115,19 @@ def command(
       p2pllm generate --peers HOST:PORT "What is a swarm?"
       p2pllm generate --peers HOST:PORT --raw "The capital of France is" --max-new-tokens 8
       p2pllm generate --peers HOST:PORT --json - < question.txt
+      p2pllm generate --peers HOST:PORT --save story.json "Once upon a time"
+      p2pllm generate --peers HOST:PORT --resume story.json
     """
     config = asking_node(ctx, network, client_settings(use))
     question = Question(
-        _prompt(ctx, prompt), sampling, stop, chat, ignore_eos, is_streamed=not as_object
+        _prompt(ctx, prompt) if resume is None else _saved(ctx, resume, prompt),
+        sampling,
+        stop,
+        chat,
+        ignore_eos,
+        is_streamed=not as_object,
+        saved_to=save,
+        traced_to=trace,
     )
     result = run(_generate(config, network, use, question))
     if as_object:
@@ -109,6 +147,14 @@ def _prompt(ctx: click.Context, prompt: str | None) -> str:
     return text
 
 
+def _saved(ctx: click.Context, file: Path, prompt: str | None) -> "SavedSession":
+    if prompt is not None:
+        raise click.UsageError("give a PROMPT or --resume, not both", ctx)
+    from p2pllm.client.generation import SavedSession
+
+    return SavedSession.from_json(file.read_text())
+
+
 async def _generate(
     config: NodeConfig, network: ClientOptions, use: UseOptions, question: Question
 ) -> "GenerationResult":
@@ -118,16 +164,31 @@ async def _generate(
             return await answer(model, question, activity)
 
 
-async def answer(model: "SwarmModel", question: Question, activity: Activity) -> "GenerationResult":
+async def answer(
+    model: "SwarmModel",
+    question: Question,
+    activity: Activity,
+    on_piece: Callable[[], None] = lambda: None,
+) -> "GenerationResult":
     """Generate, and print the text as it comes."""
-    is_chat = has_chat_template(model) if question.is_chat is None else question.is_chat
-    prompt = [{"role": "user", "content": question.prompt}] if is_chat else question.prompt
-    generation = model.generate(
-        prompt,
-        stop=question.stop,
-        ignore_eos=question.ignore_eos,
-        **generate_options(question.sampling),
-    )
+    with ExitStack() as files:
+        trace = question.traced_to and files.enter_context(question.traced_to.open("w"))
+        generation = model.generate(
+            _tokens(model, question),
+            stop=question.stop,
+            ignore_eos=question.ignore_eos,
+            on_event=tell_event,
+            write_trace=trace.write if trace else None,
+            **generate_options(question.sampling),
+        )
+        await _print(generation, question, activity, on_piece)
+    (result,) = generation.results()
+    return result
+
+
+async def _print(
+    generation: "Generation", question: Question, activity: Activity, on_piece: Callable[[], None]
+) -> None:
     is_terminal, is_begun = sys.stdout.isatty(), False
     try:
         async with generation:
@@ -136,8 +197,21 @@ async def answer(model: "SwarmModel", question: Question, activity: Activity) ->
                 if question.is_streamed:
                     click.echo(printable(piece) if is_terminal else piece, nl=False)
                     is_begun = True
+                on_piece()
     finally:
         if is_begun:
             click.echo()
-    (result,) = generation.results()
-    return result
+        if question.saved_to is not None:
+            question.saved_to.write_text(generation.export().to_json() + "\n")
+
+
+def _tokens(model: "SwarmModel", question: Question) -> "Prompt":
+    """What to continue: a text, a message in the model's chat template, or saved tokens."""
+    if not isinstance(question.prompt, str):
+        if question.prompt.model_id != model.model_id:
+            raise ConfigError(
+                f"that was saved with {question.prompt.model_id}, and this is {model.model_id}"
+            )
+        return question.prompt.token_ids
+    is_chat = has_chat_template(model) if question.is_chat is None else question.is_chat
+    return [{"role": "user", "content": question.prompt}] if is_chat else question.prompt

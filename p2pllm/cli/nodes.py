@@ -1,6 +1,7 @@
 """From options to what a node is made of: its configuration, its identity, its ready file."""
 
 import json
+import logging
 import os
 import platform
 import tempfile
@@ -18,8 +19,11 @@ from p2pllm.errors import ConfigError
 
 if TYPE_CHECKING:
     from p2pllm.identity import Identity
+    from p2pllm.ids import ModelId
     from p2pllm.spans import Span
     from p2pllm.swarm.node import Node
+
+logger = logging.getLogger(__name__)
 
 
 def listening_node(
@@ -61,11 +65,52 @@ def identity_of(options: NodeOptions | ClientOptions) -> "Identity":
     """
     from p2pllm.identity import Identity
 
+    path = _key_path(options)
+    return Identity.generate() if path is None else Identity.load_or_create(path)
+
+
+def _key_path(options: NodeOptions | ClientOptions) -> Path | None:
+    """Where the node's key is kept; None for a key that is new each time."""
     if options.identity is not None:
-        return Identity.load_or_create(options.identity)
+        return options.identity
     if isinstance(options, NodeOptions) and options.listen[1]:
-        return Identity.load_or_create(_data_path() / "identities" / f"{_place(options)}.key")
-    return Identity.generate()
+        return _data_path() / "identities" / f"{_place(options)}.key"
+    return None
+
+
+class SpanMemory:
+    """Which blocks a server served last, in a file beside its key: it comes back into its place."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path  # None: a node with a new key each time has no place
+
+    def read(self, model: "ModelId") -> "Span | None":
+        """The span of this model that was served last, if that is known."""
+        from p2pllm.spans import Span
+
+        try:
+            content = json.loads(self._path.read_text()) if self._path is not None else {}
+            if content.get("model") == model.digest.hex():
+                return Span.parse(content["blocks"])
+        except (OSError, ValueError, AttributeError, KeyError, TypeError, ConfigError):
+            return None  # as if it were not there: it says where we were, and no more
+        return None
+
+    def write(self, model: "ModelId", span: "Span") -> None:
+        """Remember it; whether that works is no reason to stop."""
+        if self._path is None:
+            return
+        content = {"model": model.digest.hex(), "blocks": str(span)}
+        try:
+            self._path.write_text(json.dumps(content) + "\n")
+        except OSError as exc:
+            logger.warning("span not remembered path=%s reason=%s", self._path, exc.strerror)
+
+
+def span_memory(options: NodeOptions) -> SpanMemory:
+    """Where the node's span is remembered: beside its key, if it keeps one."""
+    key = _key_path(options)
+    return SpanMemory(key.with_name(key.name + ".span") if key is not None else None)
 
 
 def prepare_ready_file(path: Path | None) -> None:

@@ -16,8 +16,8 @@ import click
 
 from p2pllm.addresses import Address
 from p2pllm.cli.config_file import default_path, read_defaults
-from p2pllm.cli.params import ADDRESSES, LISTEN, SHAPE
-from p2pllm.config import DEFAULT_NETWORK, DEFAULT_PORT, ShaperConfig
+from p2pllm.cli.params import ADDRESSES, LISTEN, SHAPE, SIZE
+from p2pllm.config import DEFAULT_NETWORK, DEFAULT_PORT, ClientConfig, ShaperConfig
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -226,6 +226,9 @@ model_option = option(
 )
 
 
+DEFAULT_JOURNAL_BYTES = ClientConfig().journal_bytes
+
+
 @dataclass(frozen=True, slots=True)
 class UseOptions:
     """How a client uses a model."""
@@ -235,6 +238,7 @@ class UseOptions:
     wire_codec: str
     patience: float
     is_chained: bool
+    journal_bytes: int = DEFAULT_JOURNAL_BYTES
 
 
 use_options = _together(
@@ -259,11 +263,19 @@ use_options = _together(
         "--patience",
         type=click.FloatRange(min=0),
         metavar="SECONDS",
-        default=10.0,
+        default=60.0,
         show_default=True,
         help="How long to wait for missing blocks or free cache.",
     ),
     chain_option,
+    option(
+        "--journal-bytes",
+        type=SIZE,
+        metavar="SIZE",
+        default=DEFAULT_JOURNAL_BYTES,
+        help="Memory for what lost servers would have to be told again; more goes to a temporary "
+        "file.  [default: 512MiB]",
+    ),
 )
 
 

@@ -53,10 +53,37 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         raise click.exceptions.Exit(TERMINATED) from None
 
 
-def serve_until_stopped(main: Coroutine[Any, Any, None]) -> None:
+class GentleStop:
+    """Asked for by the first signal, if somebody waits for it: who does ends `within_s` later."""
+
+    def __init__(self, within_s: float) -> None:
+        self.within_s = within_s
+        self._asked = asyncio.Event()
+        self._is_awaited = False
+
+    async def wait(self) -> None:
+        """Until we are asked to stop."""
+        self._is_awaited = True
+        await self._asked.wait()
+
+    def ask(self) -> bool:
+        """Ask; False if nobody waits, or was asked before."""
+        if not self._is_awaited or self._asked.is_set():
+            return False
+        self._asked.set()
+        return True
+
+
+def serve_until_stopped(
+    main: Coroutine[Any, Any, None],
+    *,
+    gently: "GentleStop | None" = None,
+) -> None:
     """Run it until SIGINT or SIGTERM, which cancel it; further signals change nothing.
 
-    Should leaving take longer than `STOP_WITHIN_S`, the process ends without it.
+    While `main` waits for `gently`, the first signal only asks it to end by itself, and the second
+    one cancels it. Should leaving take `STOP_WITHIN_S` longer than it may, the process ends
+    without it.
     """
     is_stopped = False
 
@@ -66,7 +93,9 @@ def serve_until_stopped(main: Coroutine[Any, Any, None]) -> None:
 
         def stop() -> None:
             nonlocal is_stopped
-            if not is_stopped:
+            if gently is not None and gently.ask():
+                _exit_after(gently.within_s + STOP_WITHIN_S)
+            elif not is_stopped:
                 is_stopped = True
                 _exit_after(STOP_WITHIN_S)
                 task.cancel()

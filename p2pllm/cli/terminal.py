@@ -105,6 +105,15 @@ def printable(text: str) -> str:
     return "".join("�" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 
+def binary_size(num_bytes: float) -> str:
+    """As in "5.1 GiB"."""
+    for unit in ("MiB", "GiB"):
+        num_bytes /= 1024 if unit == "GiB" else 2**20
+        if num_bytes < 1000:
+            break
+    return f"{num_bytes:.1f} {unit}" if num_bytes < 100 else f"{num_bytes:.0f} {unit}"
+
+
 def milliseconds(seconds: float | None) -> str:
     """For tables."""
     return "-" if seconds is None else f"{seconds * 1e3:.1f}"

@@ -8,15 +8,19 @@ async with p2pllm.connect(peers=["203.0.113.7:31337"]) as swarm:
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from p2pllm.addresses import Address, parse_many
 from p2pllm.client.compute import ClientCompute
 from p2pllm.client.exchange import Exchange
+from p2pllm.client.journal import JournalStore
 from p2pllm.client.model import SwarmModel, TextTokenizer
+from p2pllm.client.routes import ModelRoutes
+from p2pllm.client.spill import SpillFile
 from p2pllm.clock import Clock
 from p2pllm.config import DEFAULT_NETWORK, DhtConfig, NetConfig, NodeConfig
 from p2pllm.errors import ConfigError
@@ -72,6 +76,7 @@ class Swarm:
         self._tasks = tasks
         self._rng = rng
         self._exchange = Exchange(node.endpoint)
+        self._store = JournalStore(node.config.client.journal_bytes, SpillFile)
         self._trackers: dict[ModelId, SwarmTracker] = {}
         self._following: list[asyncio.Task[None]] = []
 
@@ -106,24 +111,42 @@ class Swarm:
             )
             self._following.append(self._tasks.create_task(tracker.run()))
         await tracker.refresh()
+        wire_dtype = wire_dtype_of(parts.edges.dtype)
+        routes = ModelRoutes(
+            self.node.endpoint,
+            tracker,
+            self.node.dht.find_peer_record,
+            settings,
+            parts.config.hidden_size * wire_dtype.itemsize,
+            2 * parts.config.num_kv_heads * parts.config.head_dim * wire_dtype.itemsize,
+        )
         return SwarmModel(
             endpoint=self.node.endpoint,
             exchange=self._exchange,
-            find_record=self.node.dht.find_peer_record,
+            routes=routes,
+            store=self._store,
+            start=self._start,
             model_id=parts.model_id,
             config=parts.config,
             tokenizer=parts.tokenizer,
             compute=ClientCompute(parts.edges, self._executor),
-            tracker=tracker,
             settings=settings,
-            wire_dtype=wire_dtype_of(parts.edges.dtype),
+            wire_dtype=wire_dtype,
             rng=self._rng,
         )
 
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something that nobody waits for, unless we are about to leave."""
+        try:
+            self._tasks.create_task(work)
+        except RuntimeError:  # the group takes no more
+            work.close()
+
     def close(self) -> None:
-        """Stop following the models."""
+        """Stop following the models, and forget the journals."""
         for task in self._following:
             task.cancel()
+        self._store.close()
 
 
 @asynccontextmanager

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from p2pllm.client.exchange import Part
 from p2pllm.client.sequence import Sequence as TextSequence
-from p2pllm.client.session import WireFormat
+from p2pllm.client.state import WireFormat
 from p2pllm.errors import RemoteProtocolError
 from p2pllm.model.edges import EdgeCompute
 from p2pllm.model.executor import Executor

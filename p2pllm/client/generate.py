@@ -10,7 +10,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from p2pllm.client.compute import ClientCompute, Drawing
-from p2pllm.client.session import Chain, SessionState
+from p2pllm.client.session import Chain
+from p2pllm.client.state import SessionState
 from p2pllm.errors import LocalProtocolError
 from p2pllm.model.sampling import SamplingParams
 from p2pllm.net.frames import Priority

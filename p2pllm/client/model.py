@@ -14,52 +14,61 @@ import itertools
 import logging
 import operator
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from p2pllm.client.compute import ClientCompute, Drawing
 from p2pllm.client.exchange import Exchange
-from p2pllm.client.generate import Progress, generate, prefill
-from p2pllm.client.results import GenerationResult, HopReport
+from p2pllm.client.generate import Progress, generate
+from p2pllm.client.generation import (
+    GenerateOptions,
+    Generation,
+    GenerationRecord,
+    Prompt,
+    SavedSession,
+    Session,
+)
+from p2pllm.client.journal import JournalStore
+from p2pllm.client.moves import Mover
+from p2pllm.client.recovery import Recovery
+from p2pllm.client.results import ChainEvent, GenerationResult
+from p2pllm.client.routes import ModelRoutes
 from p2pllm.client.sequence import Detokenizer
 from p2pllm.client.sequence import Sequence as TextSequence
-from p2pllm.client.session import Chain, Hop, HopMeasure, SessionState, WireFormat
+from p2pllm.client.session import Chain, Prospect
+from p2pllm.client.state import Hop, SessionState, WireFormat
 from p2pllm.config import ClientConfig
 from p2pllm.errors import (
     Busy,
     CacheFull,
     ConfigError,
-    LocalProtocolError,
     LookupFailed,
     NoRoute,
     OpenFailed,
     P2PLLMError,
 )
 from p2pllm.ids import ModelId, PeerId
-from p2pllm.metrics import MovingAverage
 from p2pllm.model.config import ModelConfig
 from p2pllm.model.sampling import SamplingParams
 from p2pllm.model.tensor_io import choose_codec
 from p2pllm.net.endpoint import Endpoint
 from p2pllm.routing.planner import Route, RouteRequest, plan
+from p2pllm.routing.trace import TraceWriter
+from p2pllm.swarm.timings import SegmentStep
 from p2pllm.swarm.tracker import SwarmTracker
 from p2pllm.swarm.view import SwarmView
 from p2pllm.wire.messages import MAX_ITEMS
-from p2pllm.wire.records import Record
 from p2pllm.wire.tensors import DType, TensorCodec
+
+__all__ = ["GenerateOptions", "Generation", "Prompt", "SavedSession", "Session", "SwarmModel"]
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]  # text, token ids, or chat messages
-
 DEFAULT_SESSION_TOKENS = 2048
-RECORD_FRESH_S = 60.0  # a peer record lives ten minutes, and addresses change seldom
-MAX_RECORDS = 1024
 RETRY_S = 0.1  # before trying elsewhere, doubled each time
 MAX_RETRY_S = 2.0
 MISSING_BLOCKS_POLL_S = 1.0  # how often the DHT is asked again while blocks are missing
@@ -86,206 +95,6 @@ class TextTokenizer(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class GenerateOptions:
-    """How to generate; the defaults are greedy.
-
-    `seed` None: a random one. `stop`: a string, or several, that ends the text and is not included
-    in it. `ignore_eos`: the tokens that end a text are never chosen.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: str | Sequence[str] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError("max_new_tokens must be at least 1")
-        if not all(self.stops):
-            raise ConfigError("a stop string must not be empty")
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The strings that end the text."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-
-class Session:
-    """One sequence's cache along a route, to step through by hand. Made by `SwarmModel.session`.
-
-    It may be given to `SwarmModel.generate`, which then computes only what the session does not
-    hold yet: that is how a conversation goes on.
-    """
-
-    def __init__(self, model: "SwarmModel", chain: Chain, state: SessionState) -> None:
-        self._model = model
-        self.chain = chain
-        self.state = state
-        self.token_ids: list[int] = []  # what the cache holds, in order
-
-    @property
-    def position(self) -> int:
-        """How many tokens the session holds."""
-        return self.state.position
-
-    @property
-    def max_tokens(self) -> int:
-        """How many it can hold."""
-        return self.state.max_tokens
-
-    async def step(self, token_ids: Sequence[int]) -> Tensor:
-        """Send the next tokens; returns their logits (T, V), float32.
-
-        After an error, or when cancelled, the session is where it was before.
-        """
-        token_ids = self._model.encode(token_ids)
-        before = self.position
-        try:
-            outputs = await prefill(
-                self.chain,
-                self._model.compute,
-                self.state,
-                token_ids,
-                tail=0,
-                chunk_tokens=self._model.settings.prefill_chunk_tokens,
-            )
-            logits = await self._model.compute.logits(outputs)
-        except BaseException:
-            self.rollback(before)
-            raise
-        self.token_ids += token_ids
-        return logits
-
-    def rollback(self, position: int) -> None:
-        """Forget all tokens from `position` on; costs nothing until the next step."""
-        if not 0 <= position <= self.state.position:
-            raise LocalProtocolError(f"position {position} of a session of {self.position} tokens")
-        self.state.position = position
-        del self.token_ids[position:]
-
-    async def fork(self) -> "Session":
-        """A second session with the same tokens; the caller closes it."""
-        forked = Session(self._model, self.chain, await self.chain.fork(self.state))
-        forked.token_ids = list(self.token_ids)
-        return forked
-
-    async def close(self) -> None:
-        """Free the servers' memory."""
-        await self.chain.close([self.state])
-
-
-class Generation:
-    """Texts being generated: iterate for the pieces of the first (`async for piece in …`).
-
-    Leaving the loop early and `aclose` free the servers' memory at once.
-    """
-
-    def __init__(self, model: "SwarmModel", record: "GenerationRecord", session: Session | None):
-        self._record = record
-        # It must not refer to us: then it ends, and frees the servers, when we are dropped.
-        self._steps = model.run(record, session)
-        self._endpoint = model.endpoint
-
-    @property
-    def route(self) -> Route | None:
-        """The route that was planned, once it is; None with a session, which has its own."""
-        return self._record.route
-
-    def __aiter__(self) -> AsyncIterator[str]:
-        return self
-
-    async def __anext__(self) -> str:
-        while True:
-            pieces = await anext(self._steps)
-            if pieces.get(0):
-                return pieces[0]
-
-    async def finish(self) -> list[GenerationResult]:
-        """Generate to the end; the results in the order of the prompts."""
-        async for _ in self._steps:
-            pass
-        return self.results()
-
-    async def aclose(self) -> None:
-        """Stop here."""
-        await self._steps.aclose()
-
-    async def __aenter__(self) -> "Generation":
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
-
-    def results(self) -> list[GenerationResult]:
-        """What there is so far, finished or not."""
-        return [self._result(drawing.sequence) for drawing in self._record.drawings]
-
-    def _result(self, sequence: TextSequence) -> GenerationResult:
-        progress, chain = self._record.progress, self._record.chain
-        tpot_s = progress.tpot_s if progress else None
-        return GenerationResult(
-            text=sequence.text,
-            token_ids=tuple(sequence.token_ids),
-            prompt_token_ids=sequence.prompt_ids,
-            finish=sequence.finish,
-            ttft_s=progress.ttft_s if progress else None,
-            tpot_s=tpot_s,
-            tokens_per_s=1 / tpot_s if tpot_s else None,
-            own_s_per_token=progress.own_s_per_step if progress else None,
-            route=tuple(map(self._report, chain.hops)) if chain else (),
-        )
-
-    def _report(self, hop: Hop) -> HopReport:
-        averages = self._record.measures.get(hop.peer, HopAverages())
-        return HopReport(
-            peer_id=hop.peer,
-            blocks=hop.span,
-            rtt_s=self._endpoint.rtt_s(hop.peer),
-            queue_s=averages.queue_s.get(0.0),
-            compute_s=averages.compute_s.get(0.0),
-            bytes_per_token=averages.bytes_per_token.get(0.0),
-        )
-
-
-@dataclass(eq=False)
-class GenerationRecord:
-    """What a generation is to do, and what came of it so far."""
-
-    drawings: tuple[Drawing, ...]
-    params: SamplingParams
-    chain: Chain | None = None
-    progress: Progress | None = None
-    route: Route | None = None
-    measures: "dict[PeerId, HopAverages]" = field(default_factory=dict)
-
-    def on_measure(self, measure: HopMeasure) -> None:
-        """A step came back from a hop; decode steps count for the report."""
-        if measure.num_tokens > len(self.drawings):
-            return
-        averages = self.measures.setdefault(measure.peer, HopAverages())
-        averages.queue_s.add(measure.timing.queue_s)
-        averages.compute_s.add(measure.timing.compute_s)
-        averages.bytes_per_token.add(measure.num_bytes / measure.num_tokens)
-
-
-class HopAverages:
-    """Moving averages of one hop's decode steps."""
-
-    def __init__(self) -> None:
-        self.queue_s = MovingAverage()
-        self.compute_s = MovingAverage()
-        self.bytes_per_token = MovingAverage()
-
-
 class SwarmModel:
     """A model served by the swarm. Made by `Swarm.model`."""
 
@@ -294,28 +103,36 @@ class SwarmModel:
         *,
         endpoint: Endpoint,
         exchange: Exchange,
-        find_record: Callable[[PeerId], Awaitable[Record | None]],
+        routes: ModelRoutes,
+        store: JournalStore,
+        start: Callable[[Coroutine[Any, Any, None]], object],
         model_id: ModelId,
         config: ModelConfig,
         tokenizer: TextTokenizer,
         compute: ClientCompute,
-        tracker: SwarmTracker,
         settings: ClientConfig,
         wire_dtype: DType,
         rng: random.Random,
     ) -> None:
+        """`start` runs what nobody waits for in a task that somebody owns."""
         self.endpoint = endpoint
         self.model_id = model_id
         self.config = config
         self.tokenizer = tokenizer
         self.compute = compute
-        self.tracker = tracker
+        self.routes = routes
         self.settings = settings
         self._exchange = exchange
-        self._find_record = find_record
-        self._records: dict[PeerId, tuple[bytes, float]] = {}  # signed, and when it was read
+        self._store = store
+        recovery = Recovery(routes, patience_s=settings.patience_s, rng=rng, start=start)
+        self._mover = Mover(recovery, rng, start)
         self._wire_dtype = wire_dtype
         self._rng = rng
+
+    @property
+    def tracker(self) -> SwarmTracker:
+        """What follows the swarm's servers."""
+        return self.routes.tracker
 
     # --- text ----------------------------------------------------------------------------
 
@@ -335,14 +152,24 @@ class SwarmModel:
         return token_ids
 
     def generate(
-        self, prompt: Prompt, *, session: Session | None = None, **options: object
+        self,
+        prompt: Prompt,
+        *,
+        session: Session | None = None,
+        on_event: Callable[[ChainEvent], None] | None = None,
+        write_trace: Callable[[str], object] | None = None,
+        **options: object,
     ) -> Generation:
         """Generate text after a prompt; iterate over the result for its pieces.
 
         `options` are those of `GenerateOptions`. With a `session` only what it does not hold yet
-        of the prompt is computed, and it holds the whole text afterwards.
+        of the prompt is computed, and it holds the whole text afterwards. `on_event` is told when
+        servers are lost and replaced, or waited for; `write_trace` gets the lines of a trace
+        (`p2pllm.routing.trace`).
         """
-        return self._generation([prompt], GenerateOptions(**options), session)  # type: ignore[arg-type]
+        record = self._record([prompt], GenerateOptions(**options))  # type: ignore[arg-type]
+        record.tell, record.write_trace = on_event, write_trace
+        return Generation(self, record, session)
 
     async def generate_batch(
         self, prompts: Sequence[Prompt], **options: object
@@ -353,13 +180,11 @@ class SwarmModel:
         """
         if not prompts:
             return []
-        generation = self._generation(prompts, GenerateOptions(**options), None)  # type: ignore[arg-type]
-        async with generation:
+        record = self._record(prompts, GenerateOptions(**options))  # type: ignore[arg-type]
+        async with Generation(self, record, None) as generation:
             return await generation.finish()
 
-    def _generation(
-        self, prompts: Sequence[Prompt], options: GenerateOptions, session: Session | None
-    ) -> Generation:
+    def _record(self, prompts: Sequence[Prompt], options: GenerateOptions) -> GenerationRecord:
         if len(prompts) > MAX_ITEMS:
             raise ConfigError(f"at most {MAX_ITEMS} prompts share a batch")
         seed = self._rng.getrandbits(63) if options.seed is None else options.seed
@@ -379,7 +204,7 @@ class SwarmModel:
                 options.stops,
             )
             drawings.append(Drawing(sequence, number))
-        return Generation(self, GenerationRecord(tuple(drawings), params), session)
+        return GenerationRecord(tuple(drawings), params)
 
     async def run(
         self, record: GenerationRecord, session: Session | None
@@ -394,7 +219,14 @@ class SwarmModel:
         else:
             chain, states, record.route = await self._open_for(sequences)
         record.chain = chain
-        chain.on_measure = self._measured(record)
+        if record.write_trace is not None:
+            record.trace = TraceWriter(
+                record.write_trace,
+                started=progress.started,
+                prompt_tokens=max(len(sequence.prompt_ids) for sequence in sequences),
+                model=str(self.model_id),
+            )
+        self._listen(chain, record)
         try:
             steps = generate(
                 chain,
@@ -409,6 +241,8 @@ class SwarmModel:
                 async for pieces in steps:
                     yield pieces
         finally:
+            if progress.own_s_per_step is not None:
+                self.routes.on_own_step(progress.own_s_per_step)
             if session is None:
                 await chain.close(states)
             else:
@@ -420,7 +254,7 @@ class SwarmModel:
     ) -> tuple[Chain, list[SessionState], Route]:
         longest = max(len(sequence.prompt_ids) for sequence in sequences)
         new_tokens = max(sequence.max_new_tokens for sequence in sequences)
-        request = self._route_request(longest, new_tokens, len(sequences))
+        request = self.routes.request(longest, new_tokens, len(sequences))
         counts = [len(s.prompt_ids) + s.max_new_tokens for s in sequences]
         return await self.open(request, counts)
 
@@ -446,14 +280,27 @@ class SwarmModel:
         """A session of up to `max_tokens` tokens, to step through by hand or generate with."""
         if max_tokens < 1:
             raise ConfigError("a session has room for at least one token")
-        request = self._route_request(max_tokens // 2, max_tokens - max_tokens // 2, 1)
+        request = self.routes.request(max_tokens // 2, max_tokens - max_tokens // 2, 1)
         chain, (state,), _ = await self.open(request, [max_tokens])
-        chain.on_measure = self._measured(None)
+        self._listen(chain, None)
         session = Session(self, chain, state)
         try:
             yield session
         finally:
             await session.close()
+
+    @asynccontextmanager
+    async def resume(self, saved: SavedSession) -> AsyncIterator[Session]:
+        """A session that holds what was saved, on whatever servers there are now.
+
+        Raises ConfigError if it was saved with another model.
+        """
+        if saved.model_id != self.model_id:
+            raise ConfigError(f"the session was saved with {saved.model_id}, not {self.model_id}")
+        async with self.session(max_tokens=saved.max_tokens) as session:
+            if saved.token_ids:
+                await session.feed(saved.token_ids)
+            yield session
 
     async def forward(self, token_ids: Sequence[int]) -> Tensor:
         """Logits (T, V) in float32 of a token sequence, in one pass."""
@@ -465,7 +312,7 @@ class SwarmModel:
 
     async def route(self, *, prompt_tokens: int = 128, new_tokens: int = 128) -> Route:
         """The route that a generation of this size would take now; raises NoRoute."""
-        return plan(await self.view(), self._route_request(prompt_tokens, new_tokens, 1))
+        return plan(await self.view(), self.routes.request(prompt_tokens, new_tokens, 1))
 
     async def view(self) -> SwarmView:
         """The servers of this model as they are now."""
@@ -482,17 +329,18 @@ class SwarmModel:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.settings.patience_s
+        failed: set[PeerId] = set()
         for attempt in itertools.count():
             try:
                 view = await self._fresh_view(is_first=not attempt)
-                route = plan(view, request)
-                chain = await self._chain(view, route)
+                route = _plan_without(failed, view, request)
+                chain = self._chain(await self.routes.hops(view, route))
                 # If it goes to servers without free cache, there are no better ones: we wait there.
                 wait_s = max(view.by_peer[hop.peer_id].cache_wait_s for hop in route.hops)
                 patience_s = max(0.0, deadline - loop.time())
                 states = await chain.open(max_tokens, wait_s=min(wait_s, patience_s))
             except (NoRoute, OpenFailed, LookupFailed) as exc:
-                pause_s = self._pause_after(exc, attempt)
+                pause_s = self._pause_after(exc, attempt, failed)
                 if loop.time() + pause_s > deadline:
                     reason = _only_failure(exc)
                     if reason is None:
@@ -504,6 +352,7 @@ class SwarmModel:
                 else:
                     await asyncio.sleep(pause_s)
             else:
+                chain.prospect = Prospect(route, request)
                 return chain, states, route
         raise AssertionError("unreachable: it returns or raises")
 
@@ -512,13 +361,7 @@ class SwarmModel:
             await self.tracker.refresh()
         return await self.tracker.fresh_view()
 
-    async def _chain(self, view: SwarmView, route: Route) -> Chain:
-        """The route with what its hops need to reach each other."""
-        records = await asyncio.gather(*(self._record_of(hop.peer_id) for hop in route.hops))
-        hops = tuple(
-            Hop(hop.peer_id, hop.span, view.by_peer[hop.peer_id].presence.numerics, record)
-            for hop, record in zip(route.hops, records, strict=True)
-        )
+    def _chain(self, hops: tuple[Hop, ...]) -> Chain:
         wire = self._wire_format(hops)
         return Chain(
             endpoint=self.endpoint,
@@ -526,91 +369,62 @@ class SwarmModel:
             config=self.settings,
             model=self.model_id,
             hops=hops,
+            width=self.config.hidden_size,
             wire=wire,
             repack=lambda rows, parts: self.compute.repack(rows, parts, wire),
-            on_measure=lambda _: None,
+            store=self._store,
+            repairer=self._mover,
         )
-
-    async def _record_of(self, peer: PeerId) -> bytes:
-        """A server's signed peer record, for its predecessor; empty if we relay that link."""
-        if not self.settings.is_chained:
-            return b""
-        now = asyncio.get_running_loop().time()
-        known = self._records.get(peer)
-        if known is not None and now - known[1] < RECORD_FRESH_S:
-            return known[0]
-        try:
-            record = await self._find_record(peer)
-        except LookupFailed as exc:
-            logger.info("peer record not found peer=%s reason=%s", peer.short, exc)
-            return b""
-        found = record.to_bytes() if record is not None else b""
-        if len(self._records) >= MAX_RECORDS:
-            self._records.clear()
-        self._records[peer] = (found, now)
-        return found
 
     def _wire_format(self, hops: Sequence[Hop]) -> WireFormat:
         """The coding that the settings ask for; "auto" looks at size and slowest link."""
         name = self.settings.wire_codec
         if name != "auto":
             return WireFormat(TensorCodec[name.upper()], is_compressed=False)
-        rates = [self.endpoint.rate_bytes_s(hop.peer) for hop in hops]
-        slowest = min((rate for rate in rates if rate is not None), default=None)
         num_bytes = self.config.hidden_size * self._wire_dtype.itemsize
+        slowest = self.routes.slowest_rate(hops)
         return WireFormat(*choose_codec(num_bytes, self._wire_dtype, slowest))
 
-    def _route_request(self, prompt_tokens: int, new_tokens: int, batch: int) -> RouteRequest:
-        return RouteRequest(
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            batch=batch,
-            max_tokens=prompt_tokens + new_tokens,
-            activation_bytes_per_token=self.config.hidden_size * self._wire_dtype.itemsize,
-            relayed=not self.settings.is_chained,
-            seed=int.from_bytes(self.endpoint.peer_id.key[:7], "big"),
-        )
+    def _pause_after(self, exc: P2PLLMError, attempt: int, failed: set[PeerId]) -> float:
+        """Take a failure into account for the next plan; returns how long to wait before it.
 
-    def _pause_after(self, exc: P2PLLMError, attempt: int) -> float:
-        """Take a failure into account for the next plan; returns how long to wait before it."""
+        Who has failed is added to `failed`.
+        """
         if not isinstance(exc, OpenFailed):
             return MISSING_BLOCKS_POLL_S
-        now = asyncio.get_running_loop().time()
         for peer, error in exc.failures.items():
             if isinstance(error, CacheFull | Busy):
-                self.tracker.measurements.on_cache_full(peer, error.retry_after_s, now)
+                self.routes.on_full(peer, error.retry_after_s)
             else:
-                self.tracker.measurements.on_failure(peer, now)
+                failed.add(peer)
+                self.routes.on_failure(peer)
         return min(RETRY_S * 2.0 ** min(attempt, 8), MAX_RETRY_S)
 
-    def _measured(self, record: GenerationRecord | None) -> Callable[[HopMeasure], None]:
-        """What is to be done with each measured step: it teaches the router, and the report."""
+    def _listen(self, chain: Chain, record: GenerationRecord | None) -> None:
+        """Each measured step teaches the router, and goes into the report."""
 
-        def on_measure(measure: HopMeasure) -> None:
-            self._learn(measure)
+        def on_segment(step: SegmentStep) -> None:
+            self.routes.on_segment(step)
             if record is not None:
-                record.on_measure(measure)
+                record.on_segment(step)
 
-        return on_measure
+        chain.on_segment = on_segment
+        if record is not None:
+            chain.on_event = record.on_event
 
-    def _learn(self, measure: HopMeasure) -> None:
-        """Let a measured step teach the router: queue and compute, and the link's bandwidth."""
-        peer, timing = measure.peer, measure.timing
-        now = asyncio.get_running_loop().time()
-        measurements = self.tracker.measurements
-        measurements.on_step(
-            peer,
-            num_blocks=len(measure.span),
-            batch=measure.batch,
-            num_tokens=measure.num_tokens,
-            queue_s=timing.queue_s,
-            compute_s=timing.compute_s,
-            now=now,
-        )
-        if measure.is_relayed:
-            transfer_s = measure.link_s - (self.endpoint.rtt_s(peer) or 0.0)
-            measurements.on_transfer(None, peer, measure.num_bytes, transfer_s, now)
-            measurements.on_transfer(peer, None, measure.num_bytes, transfer_s, now)
+
+def _plan_without(failed: set[PeerId], view: SwarmView, request: RouteRequest) -> Route:
+    """A route past those that have just failed; if there is none, they are forgiven.
+
+    Their penalty alone would not do where all servers of some blocks are under one: the best of
+    them might be chosen again and again, though it is dead.
+    """
+    if failed:
+        try:
+            return plan(view, replace(request, excluded=request.excluded | failed))
+        except NoRoute:
+            failed.clear()
+    return plan(view, request)
 
 
 def _only_failure(exc: P2PLLMError) -> P2PLLMError | None:

@@ -1,112 +1,125 @@
-"""Sessions: sequences whose keys and values live along a route, and the steps through it.
+"""Chains: routes in use, and the steps that go through them.
 
-A `Chain` is a route in use. It opens sessions on every hop, carries steps through the hops, and
-closes what it opened, whatever cancels it meanwhile. Several sequences of one client go through the
-chain in the same messages.
+A `Chain` opens sessions on every hop, carries steps through the hops, and closes what it opened,
+whatever cancels it meanwhile. Several sequences of one client go through the chain in the same
+messages.
 
 Hops push to each other where they can: the client hands a step to the first hop of a *segment* and
 gets the output of its last. Where one hop cannot reach the next, a segment ends, and the client
-relays that link: it hands on the output as the bytes that came.
+relays that link: it hands on the output as the bytes that came. Either way it sees every hop's
+output, as an answer or as an echo, and keeps it in the next hop's journal.
 
-A step that fails or is cancelled half way has gone through some hops and not through others. Its
-sequences then continue under a higher epoch from where all hops stand: that fences off what is
-still under way, and lets the hops that never saw the step go on without it (docs/protocol.md).
+A step that fails is not lost. The chain asks for its `repair` (`p2pllm.client.recovery`), which
+gives it other hops or other links, and sends the step again under its old number. Only a step that
+is cancelled, or that cannot be repaired, is given up: its sequences continue under a higher epoch
+from where they stood before it.
 """
 
 import asyncio
+import itertools
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from typing import Protocol
 
-from p2pllm.client.exchange import Exchange, Part
+from p2pllm.client.exchange import Exchange, Hedge, Interrupted, Part
+from p2pllm.client.journal import JournalStore
+from p2pllm.client.results import ChainEvent
+from p2pllm.client.retry import LatencyWindow
+from p2pllm.client.state import (
+    Flight,
+    Hop,
+    SessionState,
+    WireFormat,
+    latest_known_hop,
+    part_of,
+    set_starts,
+)
 from p2pllm.config import ClientConfig
-from p2pllm.errors import Busy, OpenFailed, P2PLLMError, RemoteProtocolError
+from p2pllm.errors import (
+    Busy,
+    CacheFull,
+    CodecError,
+    ConfigError,
+    DeadlineExceeded,
+    OpenFailed,
+    P2PLLMError,
+    RemoteProtocolError,
+    StepFailed,
+    TransportError,
+)
 from p2pllm.ids import SESSION_ID_BYTES, ModelId, PeerId, SessionId
 from p2pllm.net.endpoint import Endpoint
 from p2pllm.net.frames import Priority
-from p2pllm.spans import Span
-from p2pllm.tasks import to_the_end, together
+from p2pllm.routing.planner import Route, RouteRequest
+from p2pllm.swarm.timings import SegmentStep
+from p2pllm.tasks import task_group, to_the_end, together
 from p2pllm.wire.messages import (
     Close,
+    Echo,
     Fork,
     HopTiming,
     Message,
-    Numerics,
     Open,
     Opened,
+    Output,
     Rewire,
     Row,
     Step,
 )
-from p2pllm.wire.tensors import TensorCodec, WireTensor
+from p2pllm.wire.rows import can_join, is_finite, joined, rows_of
+from p2pllm.wire.tensors import WireTensor
 
 logger = logging.getLogger(__name__)
 
 PUSH_TOKEN_BYTES = 16
 CLOSE_TIMEOUT_S = 2.0
 BUSY_PAUSE_S = 0.05  # at least, before a full queue is asked again
+MAX_BUSY_PAUSE_S = 2.0  # whatever it says
+FORK_WAIT_S = 10.0  # for a hop to finish what it computes, chunks of a prompt perhaps
+REPLAY_STEP_S = 20.0  # for a chunk of a replay, and those before it; then others are tried
+MAX_HEDGED_TOKENS = 8  # per sequence; longer steps differ too much for "slower than usual"
 
-
-@dataclass(frozen=True, slots=True)
-class Hop:
-    """One server's part of a chain."""
-
-    peer: PeerId
-    span: Span
-    numerics: Numerics
-    record: bytes = b""  # its signed peer record; empty: others are not told how to reach it
-
-
-@dataclass(frozen=True, slots=True)
-class WireFormat:
-    """How hidden states are asked to be coded."""
-
-    codec: TensorCodec
-    is_compressed: bool
+Repack = Callable[[Sequence[Row], Sequence[Part]], Awaitable[WireTensor]]
 
 
 @dataclass
-class SessionState:
-    """Where one sequence stands. `position` counts the tokens that all hops hold."""
+class Prospect:
+    """What a chain was planned for: `route`, as it was priced for `request`.
 
-    id: SessionId
-    max_tokens: int
-    position: int = 0
-    epoch: int = 0
-    next_step: int = 0
-    acked: int = -1
-    broken: set[int] = field(default_factory=set)  # hops that could not reach the next one
+    `look_at`: after so many steps it is compared with what they take.
+    """
 
-    def next_row(self, num_tokens: int, tail: int) -> Row:
-        """The row for the next tokens; the state moves on as if they were through."""
-        row = Row(self.id, self.epoch, self.next_step, self.position, num_tokens, self.acked, tail)
-        self.next_step += 1
-        self.position += num_tokens
-        return row
-
-    def give_up(self, row: Row) -> None:
-        """The row's step failed somewhere: what it, and steps after it, left does not count."""
-        self.position = min(self.position, row.position)
-        self.epoch = max(self.epoch, row.epoch + 1)
+    route: Route
+    request: RouteRequest
+    look_at: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class HopMeasure:
-    """What one step cost at one hop: `timing` as the hop said, `link_s` its share of the rest."""
+class Repairer(Protocol):
+    """What a chain asks when a step has failed: `p2pllm.client.recovery`."""
 
-    peer: PeerId
-    span: Span
-    batch: int  # sequences
-    num_tokens: int
-    num_bytes: int
-    link_s: float
-    is_relayed: bool  # then `link_s` is our own link to it, both ways
-    timing: HopTiming
+    async def repair(self, chain: "Chain", failure: P2PLLMError) -> None:
+        """Make the chain whole again; raises what is to be told if that cannot be."""
+        ...
 
+    async def prepare_hedge(self, chain: "Chain", index: int) -> None:
+        """Prepare another server for what hop `index` is slow at; returns when it could take
+        over, and never if there is none."""
+        ...
 
-Repack = Callable[[Sequence[Row], Sequence[Part]], Awaitable[WireTensor]]
+    def on_progress(self, chain: "Chain") -> None:
+        """A step is through."""
+        ...
+
+    def on_leaving(self, chain: "Chain", peer: PeerId, deadline_s: float) -> None:
+        """A hop is about to go away."""
+        ...
+
+    def on_closed(self, chain: "Chain") -> None:
+        """Sequences were closed, perhaps the last ones."""
+        ...
 
 
 @dataclass(eq=False)
@@ -114,7 +127,7 @@ class Chain:
     """A route in use: hops in order that cover all blocks.
 
     `repack` joins the parts of an answer that came in several messages, in the order of rows.
-    `on_measure` is told what each step cost at each hop.
+    `on_segment` is told what each step took in each segment. `version` rises with every repair.
     """
 
     endpoint: Endpoint
@@ -122,20 +135,47 @@ class Chain:
     config: ClientConfig
     model: ModelId
     hops: tuple[Hop, ...]
+    width: int  # of a hidden state
     wire: WireFormat
     repack: Repack
-    on_measure: Callable[[HopMeasure], None]
-    _relayed: set[int] = field(init=False)  # hops whose output comes back to us
+    store: JournalStore
+    repairer: Repairer
+    on_segment: Callable[[SegmentStep], None] = lambda _: None
+    on_event: Callable[[ChainEvent], None] = lambda _: None
+    prospect: Prospect | None = None  # what was planned for it
+    version: int = 0
+    states: dict[SessionId, SessionState] = field(default_factory=dict)
+    broken_links: set[tuple[PeerId, PeerId]] = field(default_factory=set)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while the chain is repaired
+    _gave_up: tuple[int, P2PLLMError] | None = None  # version that could not be repaired, and why
+    step_s: LatencyWindow = field(default_factory=LatencyWindow)
 
-    def __post_init__(self) -> None:
-        last = len(self.hops) - 1
-        self._relayed = {i for i in range(last) if not self.hops[i + 1].record} | {last}
+    def index_of(self, peer: PeerId) -> int | None:
+        """Which hop a peer is, if it is one."""
+        return next((i for i, hop in enumerate(self.hops) if hop.peer == peer), None)
+
+    def is_relayed(self, index: int) -> bool:
+        """Does this hop's output come back to us, and not go to the next one?"""
+        if index + 1 >= len(self.hops):
+            return True
+        link = (self.hops[index].peer, self.hops[index + 1].peer)
+        return not self.hops[index + 1].record or link in self.broken_links
 
     @property
-    def segments(self) -> list[tuple[Hop, ...]]:
-        """The hops, cut where the client relays."""
-        cuts = [0, *(index + 1 for index in sorted(self._relayed))]
-        return [self.hops[start:stop] for start, stop in pairwise(cuts)]
+    def segments(self) -> list[range]:
+        """The hops' indices, cut where the client relays."""
+        return self.segments_from(0)
+
+    def segments_from(self, first: int) -> list[range]:
+        """The segments of the hops from `first` on."""
+        segments, start = [], first
+        for index in range(first, len(self.hops)):
+            if self.is_relayed(index):
+                segments.append(range(start, index + 1))
+                start = index + 1
+        return segments
+
+    # --- sessions --------------------------------------------------------------------------
 
     async def open(self, max_tokens: Sequence[int], *, wait_s: float = 0.0) -> list[SessionState]:
         """Reserve room for sequences of these lengths on every hop, all at once.
@@ -146,99 +186,169 @@ class Chain:
         opened: list[SessionState] = []
 
         async def open_one(count: int) -> SessionState:
-            state = await self._open_one(count, wait_s)
+            state = self._new_state(count)
             opened.append(state)
+            failures = await self.at_hops(
+                range(len(self.hops)), lambda index: self.open_at(state, index, wait_s=wait_s)
+            )
+            if failures:
+                raise OpenFailed(failures)
             return state
 
         try:
             states = await together(map(open_one, max_tokens))
-            await self._relay_broken_links(states)
-            return states
+            await self.relay_broken_links(states)
         except BaseException:
             await self.close(opened)
             raise
+        return states
 
-    async def _open_one(self, max_tokens: int, wait_s: float) -> SessionState:
-        state = SessionState(_new_session_id(), max_tokens)
-        tokens = [os.urandom(PUSH_TOKEN_BYTES) for _ in self.hops]
-
-        async def open_at(hop: Hop) -> None:
-            index = self.hops.index(hop)
-            is_pushing = index not in self._relayed
-            request = Open(
-                session=state.id,
-                epoch=state.epoch,
-                span=hop.span,
-                max_tokens=max_tokens,
-                model=self.model,
-                numerics=hop.numerics,
-                push_token=tokens[index],
-                client=self.endpoint.peer_id,
-                next_hop=self.hops[index + 1].record if is_pushing else b"",
-                next_token=tokens[index + 1] if is_pushing else b"",
-                codec=self.wire.codec,
-                is_compressed=self.wire.is_compressed,
-                wait_s=wait_s,
-            )
-            opened = await self._ask(hop, request, timeout_s=self.config.open_timeout_s + wait_s)
-            if is_pushing and opened.next_rtt_s < 0:
-                state.broken.add(index)
-
-        await self._open_at_every_hop(state, open_at)
+    def _new_state(self, max_tokens: int) -> SessionState:
+        journals = [self.store.journal() for _ in self.hops]
+        state = SessionState(
+            SessionId(os.urandom(SESSION_ID_BYTES)), max_tokens, journals, new_tokens(self.hops)
+        )
+        self._keep(state)
         return state
 
-    async def _relay_broken_links(self, states: Sequence[SessionState]) -> None:
+    def _keep(self, state: SessionState) -> None:
+        self.states[state.id] = state
+        self.exchange.listen(state.id, self)
+
+    async def open_at(self, state: SessionState, index: int, *, wait_s: float = 0.0) -> Opened:
+        """Open a session at a hop, or take it over there with what the state says now.
+
+        A link that turns out to be broken is noted. Raises RequestFailed or TransportError.
+        """
+        hop, is_pushing = self.hops[index], not self.is_relayed(index)
+        request = Open(
+            session=state.id,
+            epoch=state.epoch,
+            span=hop.span,
+            max_tokens=state.max_tokens,
+            model=self.model,
+            numerics=hop.numerics,
+            push_token=state.push_tokens[index],
+            client=self.endpoint.peer_id,
+            next_hop=self.hops[index + 1].record if is_pushing else b"",
+            next_token=state.push_tokens[index + 1] if is_pushing else b"",
+            codec=self.wire.codec,
+            is_compressed=self.wire.is_compressed,
+            echo=Echo.ALL,
+            wait_s=wait_s,
+        )
+        timeout_s = self.config.open_timeout_s + wait_s
+        opened = await self.ask(hop.peer, request, timeout_s=timeout_s)
+        if is_pushing and opened.next_rtt_s < 0:
+            self.broken_links.add((hop.peer, self.hops[index + 1].peer))
+        return opened
+
+    async def relay_broken_links(self, states: Iterable[SessionState]) -> None:
         """Where a hop cannot reach the next one, all sequences come back to us from there.
 
         Raises OpenFailed.
         """
-        broken = set().union(*(state.broken for state in states))
-        if not broken:
-            return
-        self._relayed |= broken
-        failures: dict[PeerId, P2PLLMError] = {}
+        states = list(states)
+        links = [(a.peer, b.peer) for a, b in zip(self.hops, self.hops[1:], strict=False)]
+        cuts = [index for index, link in enumerate(links) if link in self.broken_links]
 
-        async def rewire(state: SessionState, index: int) -> None:
+        async def cut(index: int) -> None:
             hop = self.hops[index]
             logger.info("link relayed after=%s span=%s", hop.peer.short, hop.span)
-            request = Rewire(state.id, state.epoch)
-            try:
-                await self._ask(hop, request, timeout_s=self.config.open_timeout_s)
-            except P2PLLMError as exc:
-                failures[hop.peer] = exc
+            await together(self.ask(hop.peer, Rewire(state.id, state.epoch)) for state in states)
 
-        await together(rewire(state, index) for state in states for index in broken)
+        failures = await self.at_hops(cuts, cut)
         if failures:
             raise OpenFailed(failures)
 
     async def fork(self, source: SessionState) -> SessionState:
         """Copy a sequence at every hop; it must be between steps. Raises OpenFailed."""
-        state = replace(source, id=_new_session_id(), acked=-1, broken=set())
+        while True:
+            async with self.lock:  # a sequence more, in the middle of a repair, would be left out
+                version = self.version
+                try:
+                    return await self._fork(source)
+                except OpenFailed as exc:
+                    failure = exc
+            if all(isinstance(each, CacheFull | Busy) for each in failure.failures.values()):
+                raise failure
+            await self._mend(version, failure)
 
-        tokens = [os.urandom(PUSH_TOKEN_BYTES) for _ in self.hops]
+    async def _fork(self, source: SessionState) -> SessionState:
+        state = replace(
+            source,
+            id=SessionId(os.urandom(SESSION_ID_BYTES)),
+            journals=[journal.copy() for journal in source.journals],
+            push_tokens=new_tokens(self.hops),
+            copies=[],
+            flights={},
+            _rows={},
+            _echoing=OrderedDict(),
+        )
+        self._keep(state)
 
-        async def fork_at(hop: Hop) -> None:
-            index = self.hops.index(hop)
-            following = b"" if index in self._relayed else tokens[index + 1]
-            request = Fork(
-                source.id, source.epoch, state.id, source.position, tokens[index], following
-            )
-            await self._ask(hop, request, timeout_s=self.config.open_timeout_s)
+        async def fork_at(index: int) -> None:
+            following = b"" if self.is_relayed(index) else state.push_tokens[index + 1]
+            token = state.push_tokens[index]
+            request = Fork(source.id, source.epoch, state.id, source.position, token, following)
+            await self.fork_at(self.hops[index].peer, request)
 
-        await self._open_at_every_hop(state, fork_at)
-        return state
-
-    async def _open_at_every_hop(
-        self, state: SessionState, action: Callable[[Hop], Awaitable[None]]
-    ) -> None:
-        """Open a session at all hops, or at none."""
         try:
-            failures = await self._at_every_hop(action)
+            failures = await self.at_hops(range(len(self.hops)), fork_at)
             if failures:
                 raise OpenFailed(failures)
         except BaseException:
             await self.close([state])
             raise
+        return state
+
+    async def fork_at(self, peer: PeerId, request: Fork) -> None:
+        """Copy a session at one hop. Raises RequestFailed or TransportError.
+
+        A hop that still computes what was given up is busy for so long, and is asked again.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + FORK_WAIT_S
+        while True:
+            try:
+                await self.ask(peer, request)
+            except Busy as exc:
+                if loop.time() >= deadline:
+                    raise
+                await asyncio.sleep(_pause_s(exc))
+            else:
+                return
+
+    async def close(self, states: Sequence[SessionState]) -> None:
+        """Free sequences at every hop, also if we are cancelled meanwhile.
+
+        A hop that cannot be reached forgets them by itself.
+        """
+        for state in states:
+            if self.states.pop(state.id, None) is not None:
+                self.exchange.forget(state.id)
+                state.close()
+        if states:
+            ids = tuple(state.id for state in states)
+            epoch = max(state.epoch for state in states)
+            await to_the_end(self.close_at({hop.peer for hop in self.hops}, ids, epoch))
+        self.repairer.on_closed(self)
+
+    async def close_at(
+        self, peers: Iterable[PeerId], sessions: Sequence[SessionId], epoch: int
+    ) -> None:
+        """Tell some peers that sequences are over; what they say to that does not matter."""
+        request = Close(tuple(sessions), epoch)
+
+        async def close_one(peer: PeerId) -> None:
+            try:
+                await self.endpoint.request(peer, request, timeout_s=CLOSE_TIMEOUT_S)
+            except P2PLLMError as exc:
+                logger.debug("session not closed peer=%s reason=%s", peer.short, exc)
+
+        await together(map(close_one, peers))
+
+    # --- steps -----------------------------------------------------------------------------
 
     async def step(
         self,
@@ -253,115 +363,327 @@ class Chain:
 
         `counts` says how many tokens each has; `tensor` packs their hidden states in that order,
         (sum of counts, D). Returns the last hop's, of the last `tail` tokens of each (0: all).
-        Raises RequestFailed or TransportError; the sequences are then where they were before.
+        Raises what the repair of the chain raised, or ConfigError for more tokens than a sequence
+        has room for; the sequences are then where they were before.
         """
-        rows = [state.next_row(count, tail) for state, count in zip(states, counts, strict=True)]
+        for state, count in zip(states, counts, strict=True):
+            if state.position + count > state.max_tokens:
+                raise ConfigError(
+                    f"the session has room for {state.max_tokens} tokens and holds "
+                    f"{state.position}; {count} more do not fit"
+                )
+        rows = tuple(
+            state.next_row(count, tail) for state, count in zip(states, counts, strict=True)
+        )
+        flight = Flight(rows, tensor)
+        for state, row in zip(states, rows, strict=True):
+            state.depart(flight, row)
         try:
-            segments = self.segments
-            for segment in segments:
-                asked = rows if segment is segments[-1] else _whole(rows)
-                tensor = await self._step_through(segment, asked, tensor, priority)
+            output = await self._fly(flight, priority)
         except BaseException:
             for state, row in zip(states, rows, strict=True):
                 state.give_up(row)
             raise
         for state, row in zip(states, rows, strict=True):
-            state.acked = max(state.acked, row.step)
+            state.arrive(row)
+        self.repairer.on_progress(self)
+        return output
+
+    async def _fly(self, flight: Flight, priority: Priority) -> WireTensor:
+        """Send a step until it is through, over whatever hops the chain has by then."""
+        while True:
+            if self.lock.locked():
+                async with self.lock:
+                    pass  # the repair is done
+            version = self.version
+            try:
+                return await self._attempt(flight, version, priority)
+            except (StepFailed, Interrupted, TransportError) as exc:
+                await self._mend(version, exc)
+
+    async def _mend(self, version: int, failure: P2PLLMError) -> None:
+        """Have the chain repaired, once for all that wait for it."""
+        async with self.lock:
+            if self._gave_up is not None and self._gave_up[0] == version:
+                raise self._gave_up[1]
+            if self.version != version:
+                return
+            self.interrupt()
+            try:
+                await self.repairer.repair(self, failure)
+            except P2PLLMError as exc:
+                self._gave_up = (version, exc)
+                raise
+            finally:
+                self.version += 1
+
+    async def change(self, version: int, action: Callable[[], Awaitable[object]]) -> None:
+        """Do something to a chain that works: no step is under way meanwhile. Raises
+        Interrupted if it is not what it was at `version`."""
+        async with self.lock:
+            if self.version != version:
+                raise Interrupted("the chain was repaired meanwhile")
+            self.interrupt()
+            try:
+                await action()
+            finally:
+                self.version += 1
+
+    def interrupt(self) -> None:
+        """Let nobody wait for steps any longer; note from which hop on they must be sent again."""
+        flights = self.flights()
+        set_starts(
+            [(each, [self.states[row.session] for row in each.rows]) for each in flights],
+            len(self.hops),
+        )
+        for flight in flights:
+            flight.was_interrupted = True
+            self._end_wait(flight, Interrupted("the chain is being repaired"))
+
+    def flights(self) -> list[Flight]:
+        """All steps under way, each once."""
+        flights = (flight for state in self.states.values() for flight in state.flights.values())
+        return list(dict.fromkeys(flights))
+
+    def _end_wait(self, flight: Flight, error: P2PLLMError) -> None:
+        self.exchange.fail([(row.session, row.step) for row in flight.rows], error)
+
+    async def _attempt(self, flight: Flight, version: int, priority: Priority) -> WireTensor:
+        """Send a step once, from the hop that it has come to."""
+        first, tensor = self._input_of(flight)
+        flight.start = first
+        rows = [self.states[row.session].current(row) for row in flight.rows]
+        started = asyncio.get_running_loop().time()
+        for segment in self.segments_from(first):
+            is_last = segment.stop == len(self.hops)
+            asked = rows if is_last else _whole(rows)
+            hedge = self._hedge_for(flight) if first == 0 else None
+            tensor = await self._step_through(
+                segment, asked, tensor, flight, version, priority, hedge
+            )
+            self._check(version)
+            if not is_last:
+                self._note(segment.stop, rows, tensor)
+        if first == 0 and flight.num_tokens <= MAX_HEDGED_TOKENS * len(rows):
+            self.step_s.add(asyncio.get_running_loop().time() - started)
         return tensor
 
-    async def close(self, states: Sequence[SessionState]) -> None:
-        """Free sequences at every hop, also if we are cancelled meanwhile.
+    def _check(self, version: int) -> None:
+        """Raise Interrupted if the chain is not what it was."""
+        if self.version != version or self.lock.locked():
+            raise Interrupted("the chain is being repaired")
 
-        A hop that cannot be reached forgets them by itself.
-        """
-        if not states:
+    def _input_of(self, flight: Flight) -> tuple[int, WireTensor]:
+        """The hop to send a step to, and its input there, as it was sent before."""
+        for hop in range(flight.start, 0, -1):
+            parts = [
+                part
+                for row in flight.rows
+                for part in self.states[row.session]
+                .journals[hop]
+                .read(row.position, row.position + row.num_tokens, row.num_tokens)
+            ]
+            if all(can_join(parts[0], part) for part in parts[1:]):
+                return hop, joined(parts)
+        return 0, flight.tensor
+
+    def _hedge_for(self, flight: Flight) -> Hedge | None:
+        """When a decode step counts as too slow to be waited for, and what to do then."""
+        after_s = self.step_s.hedge_after_s()
+        if after_s is None or flight.num_tokens > MAX_HEDGED_TOKENS * len(flight.rows):
+            return None
+
+        async def prepare() -> None:
+            pairs = [(self.states[row.session], row) for row in flight.rows]
+            slowest = latest_known_hop(pairs, len(self.hops))
+            await self.repairer.prepare_hedge(self, slowest)
+
+        return Hedge(after_s, prepare)
+
+    def _note(self, hop: int, rows: Sequence[Row], tensor: WireTensor) -> None:
+        """Keep the input of a hop in the journals."""
+        for row in rows:
+            self.states[row.session].journals[hop].put(row.position, part_of(rows, tensor, row))
+
+    def on_echo(self, peer: PeerId, output: Output) -> None:
+        """A hop has passed this on: the next hop's input (`SessionListener`)."""
+        index = self.index_of(peer)
+        if index is None or index + 1 >= len(self.hops):
+            return  # of a hop that was replaced
+        num_tokens = sum(row.num_tokens for row in output.rows)
+        shape = output.tensor.header.shape
+        try:
+            is_good = shape == (num_tokens, self.width) and is_finite(output.tensor)
+        except CodecError:
+            is_good = False
+        if not is_good:
+            self._blame(peer, "it has passed on something that is no hidden state")
             return
-        request = Close(tuple(state.id for state in states), max(state.epoch for state in states))
+        start = 0
+        for row in output.rows:
+            stop = start + row.num_tokens
+            state = self.states.get(row.session)
+            if state is not None:
+                whole = len(output.rows) == 1
+                state.on_echo(
+                    index, row, output.tensor if whole else rows_of(output.tensor, start, stop)
+                )
+            start = stop
 
-        async def close_at(hop: Hop) -> None:
-            await self.endpoint.request(hop.peer, request, timeout_s=CLOSE_TIMEOUT_S)
+    def on_leaving(self, peer: PeerId, deadline_s: float) -> None:
+        """A hop is about to go away (`SessionListener`)."""
+        if self.index_of(peer) is not None:
+            self.repairer.on_leaving(self, peer, deadline_s)
 
-        await to_the_end(self._at_every_hop(close_at))
+    def _blame(self, peer: PeerId, text: str) -> None:
+        for flight in self.flights():
+            self._end_wait(flight, StepFailed(peer, RemoteProtocolError(f"{peer.short}: {text}")))
 
     async def _step_through(
-        self, segment: Sequence[Hop], rows: Sequence[Row], tensor: WireTensor, priority: Priority
+        self,
+        segment: range,
+        rows: Sequence[Row],
+        tensor: WireTensor,
+        flight: Flight,
+        version: int,
+        priority: Priority,
+        hedge: Hedge | None,
     ) -> WireTensor:
         """One segment's part. A hop whose queue is full is asked again when it says."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.config.step_timeout_s
-        peers = [hop.peer for hop in segment]
+        peers = [self.hops[index].peer for index in segment]
         while True:
             started = loop.time()
             budget_s = deadline - started
             step = Step(tuple(rows), tensor, budget_s=budget_s)
             try:
-                parts = await self.exchange.step(peers, step, timeout_s=budget_s, priority=priority)
-            except Busy as exc:
-                pause_s = max(exc.retry_after_s, BUSY_PAUSE_S)
+                parts = await self.exchange.step(
+                    peers, step, timeout_s=budget_s, priority=priority, hedge=hedge
+                )
+            except StepFailed as exc:
+                if not isinstance(exc.cause, Busy):
+                    raise
+                pause_s = _pause_s(exc.cause)
                 if started + pause_s >= deadline:
                     raise
                 await asyncio.sleep(pause_s)
+                self._check(version)
             else:
-                self._measure(segment, step, parts, loop.time() - started)
-                return await self._joined(segment[-1], step, parts)
+                self._measure(segment, step, parts, started, is_replay=flight.was_interrupted)
+                return await self._joined(peers[-1], step, parts)
 
-    async def _joined(self, hop: Hop, step: Step, parts: Sequence[Part]) -> WireTensor:
-        """The answer in the order of the step's rows. Raises RemoteProtocolError."""
-        rows = {(row.session, row.step): row for row in step.rows}
+    async def _joined(self, peer: PeerId, step: Step, parts: Sequence[Part]) -> WireTensor:
+        """The answer in the order of the step's rows. Raises StepFailed if it cannot be one."""
+        asked = {(row.session, row.step): row for row in step.rows}
         width = step.tensor.header.shape[1:]
+        trimmed: list[Part] = []
         for part in parts:
-            is_ours = all(_is_alike(rows[row.session, row.step], row) for row in part.rows)
-            if not is_ours or part.tensor.header.shape != (_num_outputs(part), *width):
-                raise RemoteProtocolError(f"{hop.peer.short} answered something else than asked")
-        if len(parts) == 1 and parts[0].rows == step.rows:
-            return parts[0].tensor
-        return await self.repack(step.rows, parts)
+            wanted = [asked[row.session, row.step] for row in part.rows]
+            try:
+                tensor = _trimmed(part, wanted, width)
+            except CodecError as exc:
+                cause = RemoteProtocolError(f"{peer.short} answered wrongly: {exc}")
+                raise StepFailed(peer, cause) from exc
+            trimmed.append(Part(tuple(wanted), tensor, part.timings))
+        if len(trimmed) == 1 and trimmed[0].rows == step.rows:
+            return trimmed[0].tensor
+        return await self.repack(step.rows, trimmed)
 
     def _measure(
-        self, segment: Sequence[Hop], step: Step, parts: Sequence[Part], total_s: float
+        self, segment: range, step: Step, parts: Sequence[Part], started: float, *, is_replay: bool
     ) -> None:
-        """Tell what each hop said of its part; what is left of the time went on the links."""
-        timings = max((part.timings for part in parts), key=_busy_s)
-        if len(timings) != len(segment):
-            return  # a hop that does not follow the protocol; the step is good all the same
-        link_s = max(0.0, total_s - _busy_s(timings)) / len(segment)
-        num_tokens = sum(row.num_tokens for row in step.rows)
-        num_bytes = len(step.tensor.data) + sum(len(part.tensor.data) for part in parts)
-        for hop, timing in zip(segment, timings, strict=True):
-            self.on_measure(
-                HopMeasure(
-                    hop.peer,
-                    hop.span,
-                    batch=len(step.rows),
-                    num_tokens=num_tokens,
-                    num_bytes=num_bytes,
-                    link_s=link_s,
-                    is_relayed=len(segment) == 1,
-                    timing=timing,
-                )
+        """Tell what a step took, and what the hops said of their parts."""
+        hops, row = [self.hops[index] for index in segment], step.rows[0]
+        self.on_segment(
+            SegmentStep(
+                peers=tuple(hop.peer for hop in hops),
+                spans=tuple(hop.span for hop in hops),
+                batch=len(step.rows),
+                num_tokens=sum(row.num_tokens for row in step.rows),
+                sent_at=started,
+                received_at=asyncio.get_running_loop().time(),
+                timings=max((part.timings for part in parts), key=_busy_s),
+                sent_bytes=len(step.tensor.data),
+                received_bytes=sum(len(part.tensor.data) for part in parts),
+                rtt_s=self.endpoint.rtt_s(hops[0].peer) or 0.0,
+                rate_bytes_s=self.endpoint.rate_bytes_s(hops[0].peer) or 0.0,
+                first_hop=segment.start,
+                position=row.position,
+                epoch=row.epoch,
+                is_replay=is_replay,
+                is_relayed=segment.stop < len(self.hops),
             )
+        )
 
-    async def _at_every_hop(
-        self, action: Callable[[Hop], Awaitable[None]]
+    async def step_at(self, peer: PeerId, row: Row, tensor: WireTensor) -> WireTensor:
+        """One row at one hop that answers us, outside of the chain. Raises StepFailed."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + min(REPLAY_STEP_S, self.config.step_timeout_s)
+        while True:
+            budget_s = max(0.001, deadline - loop.time())
+            step = Step((row,), tensor, budget_s=budget_s)
+            try:
+                parts = await self.exchange.step(
+                    [peer], step, timeout_s=budget_s, priority=Priority.PREFILL
+                )
+            except StepFailed as exc:
+                if not isinstance(exc.cause, Busy) or loop.time() >= deadline:
+                    raise
+                await asyncio.sleep(_pause_s(exc.cause))
+            except DeadlineExceeded as exc:
+                raise StepFailed(peer, exc) from exc
+            else:
+                return await self._joined(peer, step, parts)
+
+    # --- asking hops -----------------------------------------------------------------------
+
+    async def at_hops(
+        self, indices: Iterable[int], action: Callable[[int], Awaitable[object]]
     ) -> dict[PeerId, P2PLLMError]:
-        """Do it at all hops at once; returns the errors by peer."""
-        results = await asyncio.gather(*map(action, self.hops), return_exceptions=True)
+        """Do it at some hops at once; returns the errors by peer."""
+        indices = list(indices)
+        hops = [self.hops[index] for index in indices]
+        results = await asyncio.gather(*map(action, indices), return_exceptions=True)
         failures: dict[PeerId, P2PLLMError] = {}
-        for hop, result in zip(self.hops, results, strict=True):
+        for hop, result in zip(hops, results, strict=True):
             if isinstance(result, P2PLLMError):
                 logger.info(
                     "hop refused peer=%s span=%s error=%s", hop.peer.short, hop.span, result
                 )
                 failures[hop.peer] = result
-            elif result is not None:
+            elif isinstance(result, BaseException):
                 raise result
         return failures
 
-    async def _ask(self, hop: Hop, request: Message, *, timeout_s: float) -> Opened:
-        reply = await self.endpoint.request(hop.peer, request, timeout_s=timeout_s)
+    async def ask(
+        self, peer: PeerId, request: Message, *, timeout_s: float | None = None
+    ) -> Opened:
+        """Ask a hop about a session; ends at once if the hop is lost. Raises RequestFailed,
+        RemoteProtocolError or TransportError."""
+        timeout_s = self.config.open_timeout_s if timeout_s is None else timeout_s
+        lost: asyncio.Future[TransportError] = asyncio.get_running_loop().create_future()
+
+        def on_lost(exc: TransportError) -> None:
+            if not lost.done():
+                lost.set_result(exc)
+
+        async def end_if_lost() -> None:
+            raise await lost
+
+        with self.endpoint.watch(peer, on_lost):
+            async with task_group() as tasks:
+                ending = tasks.create_task(end_if_lost())
+                reply = await self.endpoint.request(peer, request, timeout_s=timeout_s)
+                ending.cancel()
         if not isinstance(reply, Opened):
-            raise RemoteProtocolError(f"{hop.peer.short} answered with {type(reply).__name__}")
+            raise RemoteProtocolError(f"{peer.short} answered with {type(reply).__name__}")
         return reply
+
+
+def new_tokens(hops: Sequence[Hop]) -> list[bytes]:
+    """Push tokens for a session at some hops."""
+    return [os.urandom(PUSH_TOKEN_BYTES) for _ in hops]
 
 
 def _whole(rows: Sequence[Row]) -> list[Row]:
@@ -369,23 +691,40 @@ def _whole(rows: Sequence[Row]) -> list[Row]:
     return [replace(row, tail=0) if row.tail else row for row in rows]
 
 
-def _is_alike(asked: Row, answered: Row) -> bool:
-    """Is it the answer to that? An output may have been kept since we asked first."""
-    return (asked.position, asked.num_tokens, asked.num_outputs) == (
-        answered.position,
-        answered.num_tokens,
-        answered.num_outputs,
+def _trimmed(part: Part, wanted: Sequence[Row], width: tuple[int, ...]) -> WireTensor:
+    """The outputs that were asked for. A step may have been computed for another wiring of the
+    hops, and hold more. Raises CodecError if it is not what was asked for at all."""
+    for row, answered in zip(wanted, part.rows, strict=True):
+        if (row.position, row.num_tokens) != (answered.position, answered.num_tokens):
+            raise CodecError("another step")
+    shape = part.tensor.header.shape
+    if len(shape) != 2:
+        raise CodecError(f"a tensor of shape {shape}")
+    num_rows = shape[0]
+    counts = [row.num_outputs for row in part.rows]
+    if num_rows != sum(counts):
+        counts = [row.num_tokens for row in part.rows]
+    too_few = any(count < row.num_outputs for count, row in zip(counts, wanted, strict=True))
+    if shape != (sum(counts), *width) or too_few:
+        raise CodecError(f"a tensor of shape {shape}")
+    if not is_finite(part.tensor):
+        raise CodecError("NaN or infinity")
+    if num_rows == sum(row.num_outputs for row in wanted):
+        return part.tensor
+    ends = itertools.accumulate(counts)
+    return joined(
+        [
+            rows_of(part.tensor, end - row.num_outputs, end)
+            for end, row in zip(ends, wanted, strict=True)
+        ]
     )
+
+
+def _pause_s(busy: Busy) -> float:
+    """How long to leave a busy hop alone."""
+    return min(max(busy.retry_after_s, BUSY_PAUSE_S), MAX_BUSY_PAUSE_S)
 
 
 def _busy_s(timings: Sequence[HopTiming]) -> float:
     """How long the hops had a step, together."""
     return sum(timing.queue_s + timing.compute_s for timing in timings)
-
-
-def _num_outputs(part: Part) -> int:
-    return sum(row.num_outputs for row in part.rows)
-
-
-def _new_session_id() -> SessionId:
-    return SessionId(os.urandom(SESSION_ID_BYTES))

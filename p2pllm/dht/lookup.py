@@ -98,6 +98,10 @@ class Lookup:
         for contact in seeds:
             self._add(contact, depth=1)
 
+    def widen(self, quorum: int) -> None:
+        """Go on until so many of the closest peers have answered."""
+        self._quorum = quorum
+
     # --- out ----------------------------------------------------------------------------------
 
     def next_query(self) -> Query | None:

@@ -71,6 +71,7 @@ MAX_ENTRY_POINTS = 64  # peers to start from, at once and again
 MAX_RUMOURS = 128  # peers heard of that wait to be asked
 PING_SLOTS = 3  # asked at once
 RETRY_S = 5.0  # after nobody took a publication
+YOUNG_S = 10.0  # after fewer took it than should, doubled each time: others may have come since
 MAX_SAVED = 1024  # peers in a saved table; a node among millions knows about 400
 TABLE_VERSION = 1
 
@@ -99,6 +100,7 @@ class Publication:
         self.body: dict[str, Any] = {}
         self.is_withdrawn = False
         self.num_replicas = 0  # that took it, the last time
+        self._young_s = YOUNG_S
         self._node = node
         self._changed = asyncio.Event()
         self._published = asyncio.Event()
@@ -150,7 +152,13 @@ class Publication:
                 pass  # the usual case: due again, unchanged
 
     def _pause_s(self) -> float:
-        return self._node.republish_s(self.ttl_s) if self.num_replicas else RETRY_S
+        if not self.num_replicas:
+            return RETRY_S
+        usual_s = self._node.republish_s(self.ttl_s)
+        if self.num_replicas >= self._node.num_replicas:
+            return usual_s
+        self._young_s *= 2
+        return min(usual_s, self._young_s / 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +248,10 @@ class DhtNode:
         # The newest come first, and those of earlier calls fill what room is left.
         merged = entry_points | self._entry_points
         self._entry_points = dict(islice(merged.items(), MAX_ENTRY_POINTS))
-        return await self._join(self._entry_points.values())
+        reached = await self._join(self._entry_points.values())
+        for publication in self._publications:  # stored where only we look, if we knew nobody
+            publication.update(publication.body)
+        return reached
 
     async def find_node(self, target: bytes, *, is_urgent: bool = True) -> Lookup:
         """Look up the k peers closest to `target`: the finished lookup tells them."""
@@ -345,6 +356,11 @@ class DhtNode:
         )
         self._records.remember(record.to_bytes(), record)
         return record
+
+    @property
+    def num_replicas(self) -> int:
+        """By how many peers a record should be kept."""
+        return self._config.replicas
 
     def republish_s(self, ttl_s: float) -> float:
         """Seconds until a record is stored again: a third of its life, ± jitter."""
@@ -510,6 +526,10 @@ class DhtNode:
             lookup.on_reply(query, news, values.records, values.cursor)
 
         await self._drive(lookup, ask)
+        if subkey and not lookup.records:
+            # Perhaps it was stored when the swarm was young, and closer peers have come since.
+            lookup.widen(self._config.replicas)
+            await self._drive(lookup, ask)
         found = dict(lookup.records)
         now = _now()
         for record in self._store.records(namespace, key, now=now):

@@ -4,6 +4,7 @@ The event loop must not multiply matrices, and a device wants its work one piece
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +20,10 @@ class Executor(Protocol):
         """Do it and return its result. Cancelling the caller does not stop what has begun."""
         ...
 
+    def timer(self) -> float:
+        """Seconds, to be read within the work: how long its parts take."""
+        ...
+
 
 class DeviceThread:
     """An executor with one thread of its own, named so that profiles can be read.
@@ -32,6 +37,9 @@ class DeviceThread:
 
     async def run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def timer(self) -> float:
+        return time.perf_counter()
 
     def close(self) -> None:
         """End the thread after what it is doing; what waits is dropped."""

@@ -158,6 +158,54 @@ class KVCache:
         to_pages = torch.tensor(target[:num_pages], dtype=torch.int64, device=device)
         pages.index_copy_(2, to_pages, pages.index_select(2, from_pages))
 
+    # --- moving to another server --------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the keys and values."""
+        return self._storage.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Memory of one token in one block."""
+        return int(math.prod(self.token_shape(1)) * self.dtype.itemsize)
+
+    def token_shape(self, num_tokens: int) -> tuple[int, int, int]:
+        """Of some tokens' keys and values in one block: (2 · Hkv, T, d), all keys come first."""
+        return self._storage.shape[1], num_tokens, self._storage.shape[3]
+
+    def export_tokens(
+        self, pages: Sequence[int], first_block: int, num_blocks: int, start: int, num_tokens: int
+    ) -> Tensor:
+        """Copy tokens `[start, start + num_tokens)` of a sequence out of some blocks.
+
+        Returns (num_blocks, 2 · Hkv, T, d) as the cache holds them. `first_block` counts from the
+        span's first.
+        """
+        slots = self._slots(CacheRow(tuple(pages), start, num_tokens))
+        blocks = self._storage[first_block : first_block + num_blocks]
+        return blocks.index_select(2, slots)
+
+    def import_tokens(
+        self, pages: Sequence[int], first_block: int, start: int, values: Tensor
+    ) -> None:
+        """Put tokens from `start` on, as `export_tokens` gives them, into some blocks.
+
+        values: (num_blocks, 2 · Hkv, T, d).
+        """
+        row = CacheRow(tuple(pages), start, values.shape[2])
+        slots = self._slots(row)
+        blocks = self._storage[first_block : first_block + values.shape[0]]
+        blocks.index_copy_(2, slots, values.to(blocks.device, blocks.dtype))
+        self._clear_page_after(row)  # decoding goes on inside the page
+
+    def _slots(self, row: CacheRow) -> Tensor:
+        """Where a row's tokens lie: (T,)."""
+        self._check(row)
+        positions = range(row.position, row.position + row.num_tokens)
+        slots = [self._slot(row, position) for position in positions]
+        return torch.tensor(slots, dtype=torch.int64, device=self._storage.device)
+
     # --- attention: once per block ---------------------------------------------------------
 
     def attend(self, block: int, qkv: Tensor, plan: Plan) -> Tensor:
@@ -275,11 +323,16 @@ class KVCache:
         Padding is masked, but its values are still multiplied by 0, and what an earlier session
         left there may be NaN.
         """
-        stop = row.position + row.num_tokens
-        page_start = (stop - 1) // self.page_tokens * self.page_tokens
-        rest = page_start + self.page_tokens - stop
-        if row.position <= page_start and rest:
-            slot = self._slot(row, stop - 1) + 1
+        last = row.position + row.num_tokens - 1
+        if row.position <= last - last % self.page_tokens:
+            self._clear_page_after(row)
+
+    def _clear_page_after(self, row: CacheRow) -> None:
+        """Zero what follows the row's last token in its page."""
+        last = row.position + row.num_tokens - 1
+        rest = self.page_tokens - 1 - last % self.page_tokens
+        if rest:
+            slot = self._slot(row, last) + 1
             self._storage[:, :, slot : slot + rest] = 0
 
     def _first_seen(self, position: int) -> int:

@@ -8,7 +8,7 @@ A row's result depends on its own tokens only; what shares its batch may change 
 (matmuls of other shapes add in another order), about 1e-6 of its scale in float32.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Protocol
 
@@ -41,6 +41,9 @@ class SpanCompute(Protocol):
     ) -> Tensor:
         """Run blocks over packed rows; see `SpanModel.forward`."""
 
+    def forget_all_but(self, kept: Span | None) -> None:
+        """Give up the memory of other blocks than these; what is forgotten cannot be run."""
+
 
 class SpanModel:
     """The blocks `[span.start, span.stop)` of a model, on one device in one dtype."""
@@ -49,17 +52,17 @@ class SpanModel:
         self,
         config: ModelConfig,
         span: Span,
-        blocks: Sequence[Block],
+        blocks: Mapping[int, Block],
         *,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        assert len(blocks) == len(span)
+        assert blocks.keys() == set(span)
         self.config = config
         self.span = span
         self.dtype = dtype
         self.device = device
-        self._blocks = tuple(blocks)
+        self._blocks = dict(blocks)
         self._rotary = RotaryEmbedding(config, device)
 
     @classmethod
@@ -71,18 +74,31 @@ class SpanModel:
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        loaded: "SpanModel | None" = None,
     ) -> "SpanModel":
         """Build the span from one mapping of local tensor names per block, in order.
 
-        `weights` is consumed block by block, so a lazy one never holds more than one block's
-        tensors twice. Raises CheckpointError for a missing tensor or a wrong shape.
+        Blocks that `loaded` has are taken from it: `weights` has the others only (`missing`). It
+        is consumed block by block, so a lazy one never holds more than one block's tensors twice.
+        Raises CheckpointError for a missing tensor or a wrong shape.
         """
         device, family = torch.device(device), family_of(config)
-        blocks = [
-            _load_block(config, family, index, tensors, dtype, device)
-            for index, tensors in zip(span, weights, strict=True)
-        ]
+        blocks = {} if loaded is None else loaded._shared(span)
+        lacking = [index for index in span if index not in blocks]
+        for index, tensors in zip(lacking, weights, strict=True):
+            blocks[index] = _load_block(config, family, index, tensors, dtype, device)
         return cls(config, span, blocks, dtype=dtype, device=device)
+
+    def missing(self, span: Span) -> list[int]:
+        """The blocks of a span that are not in memory here."""
+        return [index for index in span if index not in self._blocks]
+
+    def forget_all_but(self, kept: Span | None) -> None:
+        """Give up the memory of other blocks than these; what is forgotten cannot be run."""
+        self._blocks = {} if kept is None else self._shared(kept)
+
+    def _shared(self, span: Span) -> dict[int, Block]:
+        return {index: block for index, block in self._blocks.items() if index in span}
 
     def make_cache(self, num_pages: int, page_tokens: int) -> KVCache:
         """Allocate pages for all blocks of the span."""
@@ -116,8 +132,8 @@ class SpanModel:
             hidden = hidden.to(self.device, self.dtype)
             plan = cache.plan(rows)
             rotation = self._rotary.at(plan.positions, self.dtype)
-            for index in range(span.start - self.span.start, span.stop - self.span.start):
-                attend = partial(cache.attend, index, plan=plan)
+            for index in span:
+                attend = partial(cache.attend, index - self.span.start, plan=plan)
                 hidden = self._blocks[index].forward(hidden, rotation, attend)
         return hidden
 

@@ -16,6 +16,7 @@ import zstandard
 from torch import Tensor
 
 from p2pllm.errors import CodecError, LocalProtocolError
+from p2pllm.wire.rows import decompressed
 from p2pllm.wire.tensors import (
     INT8_BLOCK,
     Compression,
@@ -99,7 +100,7 @@ def decode_tensor(wire: WireTensor, *, dtype: torch.dtype | None = None) -> Tens
     """
     header = wire.header
     target = _TORCH_DTYPES[header.dtype] if dtype is None else dtype
-    coded = _own(_decompressed(wire), header)
+    coded = _own(decompressed(wire).data)
     if header.codec is TensorCodec.INT8:
         values = _dequantize(coded, header, target)
     elif header.codec is TensorCodec.BF16:
@@ -109,29 +110,11 @@ def decode_tensor(wire: WireTensor, *, dtype: torch.dtype | None = None) -> Tens
     return values.view(header.shape)
 
 
-def _decompressed(wire: WireTensor) -> bytes | bytearray | memoryview:
-    """The coded bytes. A frame must state its size, and state the one that we expect."""
-    if wire.header.compression is Compression.NONE:
-        return wire.data
-    num_bytes = wire.header.coded_bytes
-    try:
-        if zstandard.get_frame_parameters(wire.data).content_size != num_bytes:
-            raise CodecError(f"a zstd frame that does not hold {num_bytes} bytes")
-        result: bytes = zstandard.ZstdDecompressor().decompress(
-            wire.data, max_output_size=num_bytes, allow_extra_data=False
-        )
-    except zstandard.ZstdError as exc:
-        raise CodecError(f"zstd: {exc}") from exc
-    return result
-
-
-def _own(data: bytes | bytearray | memoryview, header: TensorHeader) -> Tensor:
+def _own(data: bytes | bytearray | memoryview) -> Tensor:
     """The coded bytes as a uint8 tensor.
 
     Copied once: a message's buffer is read-only, of any alignment, and much larger than this.
     """
-    if len(data) != header.coded_bytes:
-        raise CodecError(f"{len(data)} bytes for a tensor of {header.coded_bytes}")
     coded = torch.empty(len(data), dtype=torch.uint8)
     coded.numpy()[:] = np.frombuffer(data, dtype=np.uint8)
     return coded

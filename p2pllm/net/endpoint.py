@@ -16,7 +16,12 @@ the newer stays. The other one takes no new streams and closes when its last has
 
 *Bounds.* Connections, half-open handshakes (in all and per host) and signature checks per host are
 limited by the config, so that a flood costs memory and time that we can name. Idle connections
-make room, least recently used first; those with work or with sessions (`protect`) never do.
+make room, least recently used first; those with work, with sessions (`protect`) or with somebody
+who waits for the peer (`watch`) never do.
+
+*Loss.* A good connection is one that takes new streams and is not suspected. Who watches a peer is
+told when the last good one goes: at once if the peer's process has died, within the heartbeat's
+two seconds if it hangs.
 """
 
 import asyncio
@@ -53,6 +58,7 @@ from p2pllm.net.link import Buffer, Link, LinkKind, Listener, Network
 from p2pllm.net.noise import Role
 from p2pllm.net.rpc import Channel, StreamHandler, UnaryHandler, framed
 from p2pllm.net.shaper import ShapedLink
+from p2pllm.net.watch import OnLost, Watch, Watches
 from p2pllm.wire.messages import ErrorReply, Message
 from p2pllm.wire.records import MAX_ADDRESSES, PeerRecord
 
@@ -70,6 +76,10 @@ HOSTS_LIMITED = 4096  # hosts whose signature checks are counted
 HOUSEKEEPING_S = 10.0
 PUSH_PAUSE_S = 0.1  # before a push is tried over another connection, doubling
 PUSH_PAUSE_MAX_S = 2.0
+# How long an impatient push may dial. Whoever is there answers within three round trips, and
+# whoever hangs has been waited for before it was suspected.
+IMPATIENT_DIAL_S = 1.0
+REPLACED_S = 1.0  # after which the connection that replaces another is not on its way any more
 WILDCARDS = ("0.0.0.0", "::", "")
 
 
@@ -109,11 +119,13 @@ class Endpoint:
         self._channels: dict[PeerId, list[Channel]] = {}  # established, oldest first
         self._half_open: dict[Channel, str] = {}  # not dialled by us, with the peer's host
         self._early: list[Link] = []  # accepted before `run`
-        self._dials: dict[PeerId | Address, asyncio.Task[Channel | Exception]] = {}
+        # By target, and whether only addresses that we know are tried.
+        self._dials: dict[tuple[PeerId | Address, bool], asyncio.Task[Channel | Exception]] = {}
         self._dial_slots = asyncio.Semaphore(config.max_handshakes)
         self._known: OrderedDict[PeerId, tuple[Address, ...]] = OrderedDict()
         self._observed: OrderedDict[PeerId, tuple[str, int]] = OrderedDict()
         self._protected = Counter[PeerId]()
+        self._watches = Watches()
         self._pushes: OrderedDict[PeerId, OrderedDict[int, None]] = OrderedDict()
         self._checks = _RateLimit(config.signature_checks_per_host_s)
         self._lacking: dict[Channel, None] = {}  # wait for memory
@@ -290,34 +302,52 @@ class Endpoint:
         *,
         timeout_s: float,
         priority: Priority = Priority.DECODE,
+        is_patient: bool = True,
     ) -> None:
         """Deliver a message at least once; returns when a handler at the peer has it.
 
         Over and over, on the best connection there is, until acknowledged; the peer takes only
-        the first. Raises TransportError after `timeout_s`, and BadRequest if the peer has no
-        handler for it.
+        the first. Raises TransportError after `timeout_s`, BadRequest if the peer has no
+        handler for it, and RemoteProtocolError if somebody else is where it was.
+
+        With `is_patient` false it gives up as soon as the peer is plainly not there: when no good
+        connection is left and one dial of the addresses that we know (of the peer's record, if we
+        know none) has failed, or taken longer than IMPATIENT_DIAL_S.
         """
         deadline = self._loop.time() + timeout_s
         buffers = self._framed(message, push_id=self._rng.getrandbits(64))
         pause_s = PUSH_PAUSE_S
+        has_dialled = False
         while True:
+            channel = self._best(peer)
             try:
-                channel = self._best(peer) or await self._reach(peer, deadline)
+                if channel is None:
+                    has_dialled = True
+                    reach = self._reach if is_patient else self._reach_soon
+                    channel = await reach(peer, deadline)
                 return await channel.push(list(buffers), deadline, priority)
             except DeadlineExceeded:
                 raise
             except TransportError as exc:
-                if self._is_over or self._loop.time() + pause_s >= deadline:
+                best = self._best(peer)
+                # Who refuses is there: another connection has taken the place of this one.
+                may_wait = is_patient or isinstance(exc, Refused)
+                is_gone = best is None and has_dialled and not may_wait
+                if is_gone or self._is_over or self._loop.time() + pause_s >= deadline:
                     raise
                 logger.debug("push repeated peer=%s error=%s", peer.short, exc)
-            if self._best(peer) is None:
+            if best is channel or (best is None and (is_patient or has_dialled)):
+                # The same again would end the same; only an impatient push's first dial is at once.
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, PUSH_PAUSE_MAX_S)
 
-    async def ping(self, peer: PeerId, *, timeout_s: float = 5.0) -> float:
-        """Measure the round trip now, in seconds; dials if there is no connection."""
+    async def ping(self, peer: PeerId, *, timeout_s: float = 5.0, is_patient: bool = True) -> float:
+        """Measure the round trip now, in seconds; dials if there is no connection.
+
+        With `is_patient` false it does not ask others for new addresses of the peer.
+        """
         deadline = self._loop.time() + timeout_s
-        channel = self._best(peer) or await self._reach(peer, deadline)
+        channel = self._best(peer) or await self._reach(peer, deadline, is_brief=not is_patient)
         try:
             async with asyncio.timeout_at(deadline):
                 return await channel.ping()
@@ -404,6 +434,33 @@ class Endpoint:
         else:
             self._protected[peer] -= 1
 
+    def watch(self, peer: PeerId, on_lost: OnLost) -> Watch:
+        """Wait for a peer: call `on_lost(error)` whenever its last good connection goes.
+
+        That is when it is closed, reset, left by the peer or suspected, with no other that takes
+        new streams and is not suspected. Its connections, later ones too, are pinged meanwhile as
+        if a request were under way, and never closed as idle. Called from the event loop, once
+        per loss; never for a connection that was lost before (see `is_connected`).
+        """
+        watch = Watch(peer, on_lost, self._forget_watch)
+        if self._watches.add(watch):
+            for channel in self._channels.get(peer, ()):
+                channel.set_watched(True)
+        return watch
+
+    def _forget_watch(self, watch: Watch) -> None:
+        if self._watches.remove(watch):
+            for channel in self._channels.get(watch.peer, ()):
+                channel.set_watched(False)
+
+    def _tell_lost(self, peer: PeerId, error: Exception) -> None:
+        """A connection to the peer is not good any more: was it the last?"""
+        if peer not in self._watches or self._best(peer) is not None:
+            return
+        lost = error if isinstance(error, TransportError) else ConnectionLost(str(error))
+        for watch in self._watches.on_lost(peer):
+            self._loop.call_soon(watch.tell, lost)  # not in the midst of what a link has brought
+
     def _all_channels(self) -> list[Channel]:
         return [channel for channels in self._channels.values() for channel in channels]
 
@@ -422,23 +479,17 @@ class Endpoint:
 
     # --- reaching a peer ----------------------------------------------------------------------
 
-    async def _reach(self, target: PeerId | Address, deadline: float) -> Channel:
+    async def _reach(
+        self, target: PeerId | Address, deadline: float, *, is_brief: bool = False
+    ) -> Channel:
         """A new connection, by one attempt that all who want it at the same time share.
 
         If it fails, a connection that is merely suspected is used after all.
         """
-        dial = None
         try:
-            async with asyncio.timeout_at(deadline):
-                await self._is_running.wait()
-                dial = self._dial_task(target)
-                outcome = await asyncio.shield(dial)
+            outcome = await self._share_dial(target, deadline, is_brief=is_brief)
         except TimeoutError as exc:
             raise DeadlineExceeded(f"no connection to {_name(target)} in time") from exc
-        except asyncio.CancelledError:
-            if dial is not None and dial.cancelled():  # the endpoint ended, not the caller
-                raise ConnectionLost("the endpoint has been closed") from None
-            raise
         if isinstance(outcome, Channel):
             return outcome
         if isinstance(target, PeerId):
@@ -447,52 +498,91 @@ class Endpoint:
                     return channel
         raise outcome
 
-    def _dial_task(self, target: PeerId | Address) -> "asyncio.Task[Channel | Exception]":
-        task = self._dials.get(target)
+    async def _reach_soon(self, peer: PeerId, deadline: float) -> Channel:
+        """A new connection, or the news that the peer is not there, in IMPATIENT_DIAL_S."""
+        dial_by = self._loop.time() + IMPATIENT_DIAL_S
+        try:
+            outcome = await self._share_dial(peer, min(deadline, dial_by), is_brief=True)
+        except TimeoutError as exc:
+            if deadline <= dial_by:
+                raise DeadlineExceeded(f"no connection to {peer.short} in time") from exc
+            raise PeerUnreachable(f"{peer.short} has not answered our dial") from exc
+        if isinstance(outcome, Channel):
+            return outcome
+        raise outcome
+
+    async def _share_dial(
+        self, target: PeerId | Address, deadline: float, *, is_brief: bool = False
+    ) -> Channel | Exception:
+        """Wait for the dial that all share, which goes on without us. Raises TimeoutError."""
+        dial = None
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._is_running.wait()
+                dial = self._dial_task(target, is_brief=is_brief)
+                return await asyncio.shield(dial)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            assert task is not None
+            # The endpoint has ended. If the caller is cancelled as well, that goes first.
+            if dial is not None and dial.cancelled() and not task.cancelling():
+                raise ConnectionLost("the endpoint has been closed") from None
+            raise
+
+    def _dial_task(
+        self, target: PeerId | Address, *, is_brief: bool
+    ) -> "asyncio.Task[Channel | Exception]":
+        key = (target, is_brief)
+        task = self._dials.get(key)
         if task is None:
             if self._group is None:
                 raise ConnectionLost("the endpoint has been closed")
-            task = self._dials[target] = self._group.create_task(self._dial(target))
-            task.add_done_callback(lambda _: self._dials.pop(target, None))
+            task = self._dials[key] = self._group.create_task(self._dial(target, is_brief=is_brief))
+            task.add_done_callback(lambda _: self._dials.pop(key, None))
         return task
 
-    async def _dial(self, target: PeerId | Address) -> Channel | Exception:
+    async def _dial(self, target: PeerId | Address, *, is_brief: bool) -> Channel | Exception:
         """The ladder: every way to reach a peer, best first. Errors are returned, not raised."""
         try:
             if isinstance(target, Address):
-                return await self._race([target], expected=target.peer_id)
+                return await self._race([target], target.peer_id, is_brief=is_brief)
             if target == self.peer_id:
                 raise PeerUnreachable("that is this peer itself")
-            return await self._dial_peer(target)
+            return await self._dial_peer(target, is_brief=is_brief)
         except P2PLLMError as exc:
             logger.debug("dial failed peer=%s error=%s", _name(target), exc)
             return exc
 
-    async def _dial_peer(self, peer: PeerId) -> Channel:
-        """Try the addresses that we know, then those of the peer's record that are new to us."""
+    async def _dial_peer(self, peer: PeerId, *, is_brief: bool) -> Channel:
+        """Try the addresses that we know, then those of the peer's record that are new to us.
+
+        `is_brief`: the record is asked for only if we know none; a lookup may take seconds.
+        """
         known = _direct(self._known.get(peer, ()))
         failure = PeerUnreachable(f"no address of {peer.short} is known")
         if known:
             try:
-                return await self._race(known, expected=peer)
+                return await self._race(known, peer, is_brief=is_brief)
             except (TransportError, RemoteProtocolError) as exc:
-                if self._resolve is None:
+                if self._resolve is None or is_brief:
                     raise
                 failure = PeerUnreachable(str(exc))
         record = await self._resolve(peer) if self._resolve is not None else None
         fresh = [a for a in _direct(record.addresses if record else ()) if a not in known]
         if not fresh:
             raise failure
-        return await self._race(fresh, expected=peer)
+        return await self._race(fresh, peer, is_brief=is_brief)
 
-    async def _race(self, addresses: list[Address], expected: PeerId | None) -> Channel:
+    async def _race(
+        self, addresses: list[Address], expected: PeerId | None, *, is_brief: bool
+    ) -> Channel:
         """Dial one address after the other, each with a head start on the next (RFC 8305 §5)."""
         assert self._group is not None
         failures: list[Exception] = []
         pending: set[asyncio.Task[Channel | Exception]] = set()
         try:
             for address in addresses:
-                attempt = self._attempt(address, expected)
+                attempt = self._attempt(address, expected, is_brief=is_brief)
                 pending.add(self._group.create_task(attempt))
                 is_last = address is addresses[-1]
                 while pending:
@@ -514,7 +604,9 @@ class Endpoint:
             raise failures[0]
         raise PeerUnreachable("; ".join(map(str, failures)))
 
-    async def _attempt(self, address: Address, expected: PeerId | None) -> Channel | Exception:
+    async def _attempt(
+        self, address: Address, expected: PeerId | None, *, is_brief: bool
+    ) -> Channel | Exception:
         """One address. Errors are returned, not raised."""
         own_port = self._listener.port if self._listener is not None else 0
         try:
@@ -527,8 +619,11 @@ class Endpoint:
                     if not own_port:
                         raise
                     # If both peers dialled from their listening ports at the same moment, TCP has
-                    # made one connection of the two (RFC 9293 §3.5), with two initiators.
-                    await asyncio.sleep(self._rng.uniform(0.0, self.config.dial_stagger_s))
+                    # made one connection of the two (RFC 9293 §3.5), with two initiators. The pause
+                    # lets one of them be first. A brief dial has none: a process that is dying
+                    # looks the same, and two connections are settled, too.
+                    if not is_brief:
+                        await asyncio.sleep(self._rng.uniform(0.0, self.config.dial_stagger_s))
                     return await self._dial_address(address, expected, 0)
         except TransportError as exc:
             return PeerUnreachable(f"{address.endpoint}: {exc}")
@@ -629,6 +724,9 @@ class Endpoint:
             if other.link.kind is channel.link.kind and other.is_usable
         ]
         self._channels.setdefault(hello.peer_id, []).append(channel)
+        if hello.peer_id in self._watches:
+            channel.set_watched(True)
+            self._watches.on_found(hello.peer_id)
         if channel.is_dialled and channel.link.remote is not None:
             self.learn(hello.peer_id, [Address(*channel.link.remote)])
         logger.debug(
@@ -659,12 +757,32 @@ class Endpoint:
             logger.debug("handshake failed remote=%s error=%s", channel.link.remote, error)
             return
         channels = self._channels.get(hello.peer_id, [])
-        if channel in channels:
+        is_ours = channel in channels
+        if is_ours:
             channels.remove(channel)
             if not channels:
                 del self._channels[hello.peer_id]
         level = logging.WARNING if isinstance(error, RemoteProtocolError) else logging.DEBUG
         logger.log(level, "connection closed peer=%s reason=%s", hello.peer_id.short, error)
+        if is_ours and not channel.is_left:  # else it was lost when it was left
+            self._tell_lost(hello.peer_id, error)
+
+    def on_suspected(self, channel: Channel, error: ConnectionLost) -> None:
+        """A peer has been silent for too long (part of `rpc.Host`)."""
+        self._tell_lost(channel.peer, error)
+
+    def on_recovered(self, channel: Channel) -> None:
+        """A suspected peer has spoken (part of `rpc.Host`)."""
+        if channel.is_usable:
+            self._watches.on_found(channel.peer)
+
+    def on_leaving(self, channel: Channel, code: int) -> None:
+        """The peer takes no new streams on a connection (part of `rpc.Host`)."""
+        error = ConnectionLost("the peer has left the connection")
+        if code == Code.REPLACED:  # by one whose handshake may not have come to its end here
+            self._loop.call_later(REPLACED_S, self._tell_lost, channel.peer, error)
+        else:
+            self._tell_lost(channel.peer, error)
 
     def _make_room(self) -> bool:
         """Is there room for one more connection, if need be in the place of an idle one?"""
@@ -679,8 +797,8 @@ class Endpoint:
 
     def _is_spare(self, channel: Channel) -> bool:
         """May the connection be closed without harm?"""
-        is_protected = channel.is_usable and channel.peer in self._protected
-        return channel.is_idle and not is_protected
+        is_needed = channel.peer in self._protected or channel.peer in self._watches
+        return channel.is_idle and not (is_needed and channel.is_usable)
 
     def _note_observed(self, observer: PeerId, text: str) -> None:
         if not text:

@@ -142,6 +142,7 @@ class Mux:
     ) -> None:
         self.path = Path()
         self.is_draining = False  # either side wants no new streams
+        self.is_watched = False  # does somebody wait for the peer, without a stream?
         self.has_said_goaway = False
         self.has_heard_goaway = False
         self._config = config
@@ -581,7 +582,7 @@ class Mux:
     @property
     def _is_waiting(self) -> bool:
         """Do we wait for something of the peer?"""
-        return bool(self._num_ours or self._num_unopened)
+        return bool(self._num_ours or self._num_unopened or self.is_watched)
 
     @property
     def _usual_rtt_s(self) -> float:

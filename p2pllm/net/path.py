@@ -14,6 +14,10 @@ from a smallest round trip below the usual one would starve us on a path with ji
 has become longer: less under way, a lower rate, still less under way. A mean corrects itself:
 too low, it is found higher in the next draining round; too high, it falls by 15 % each time.
 
+For others, who want to know how long a message will take, this rate is too low where little is sent
+at once: a burst that leaves an idle path is reported one round trip later, however fast the path.
+`bandwidth` leaves that round trip out.
+
 Not here: losses and retransmission, which stay TCP's.
 """
 
@@ -34,6 +38,9 @@ MIN_IN_FLIGHT = 32 * 2**10  # two frames, so that the path never idles between r
 MIN_IN_FLIGHT_S = 0.002  # … or this much at the measured rate: reports come late from a busy loop
 RATE_ROUNDS = 10  # rounds that a measured rate counts: more than a cycle of GAINS
 RTT_WINDOW_S = 10.0  # how long the smallest round trip is remembered
+BURST_BYTES = 8 * 2**10  # less says more about timers than about bandwidth
+KEPT = 0.8  # of what earlier bursts say, when another one has been measured
+MAX_BANDWIDTH = 1e10  # bytes/s; what takes no measurable time
 ALPHA = 0.125  # weight of a new sample in the smoothed round trip (RFC 6298 §2)
 
 
@@ -58,6 +65,11 @@ class Path:
         self.rtt_s: float | None = None  # smallest of the last seconds
         self.smoothed_rtt_s: float | None = None
         self.rate: float | None = None  # bytes/s
+        self.bandwidth: float | None = None  # bytes/s; None: nothing large enough was sent
+        self._carried = 0.0  # bytes of recent bursts, and the seconds that they took
+        self._carried_s = 0.0
+        self._burst_at = 0.0  # when the path was idle last, and something was sent
+        self._burst_delivered = 0
         self._rtt_at = 0.0
         self._base_rtt_s: float | None = None  # mean while draining; None before the first time
         self._drain_sum_s = 0.0
@@ -91,7 +103,8 @@ class Path:
     def on_sent(self, num_bytes: int, now: float, *, is_last: bool) -> None:
         """A frame leaves; `is_last` if nothing more waits behind it."""
         if not self._under_way:
-            self._first_sent_at = self._delivered_at = now
+            self._first_sent_at = self._delivered_at = self._burst_at = now
+            self._burst_delivered = self.delivered
         self.sent += num_bytes
         if is_last:
             self._app_limited_until = self.sent
@@ -118,6 +131,7 @@ class Path:
         if newest is None:
             return
         self._first_sent_at = newest.at
+        self._on_carried(newest, total, now)
         self.on_rtt(now - newest.at, now)
         self._drain_sum_s += now - newest.at
         self._drain_count += 1
@@ -130,6 +144,21 @@ class Path:
             if not newest.is_app_limited and self.rate is not None:
                 self._end_round(self.rate)
             self._drain_sum_s, self._drain_count = 0.0, 0
+
+    def _on_carried(self, newest: _Sent, total: int, now: float) -> None:
+        """Learn the bandwidth from a burst, or from a path that is kept busy."""
+        if newest.delivered == self._burst_delivered:  # it left before anything was reported
+            num_bytes = total - self._burst_delivered
+            seconds = now - self._burst_at - (self.rtt_s or 0.0)
+            is_telling = self.rtt_s is not None and num_bytes >= BURST_BYTES
+        else:
+            num_bytes = total - newest.delivered
+            seconds = now - newest.delivered_at
+            is_telling = not (newest.is_app_limited or self._is_starting)
+        if is_telling:
+            self._carried = KEPT * self._carried + num_bytes
+            self._carried_s = KEPT * self._carried_s + max(seconds, num_bytes / MAX_BANDWIDTH)
+            self.bandwidth = self._carried / self._carried_s
 
     def on_rtt(self, sample_s: float, now: float) -> None:
         """A round trip was measured, by a report or by a ping."""

@@ -119,6 +119,18 @@ class Host(Protocol):
         """The connection is over; `error` is what its waiting calls were given."""
         ...
 
+    def on_suspected(self, channel: "Channel", error: ConnectionLost) -> None:
+        """The peer has been silent for too long, though it may speak again."""
+        ...
+
+    def on_recovered(self, channel: "Channel") -> None:
+        """A suspected peer has spoken."""
+        ...
+
+    def on_leaving(self, channel: "Channel", code: int) -> None:
+        """The peer opens and takes no new streams here; `code` says why."""
+        ...
+
     def on_memory_lacking(self, channel: "Channel") -> None:
         """Call `resume_lacking` once there is memory again."""
         ...
@@ -191,6 +203,7 @@ class Channel:
         self.connection = connection
         self.is_dialled = is_dialled
         self.is_closed = False
+        self.is_left = False  # no new streams, by our wish or the peer's
         self.established: asyncio.Future[PeerHello] = asyncio.get_running_loop().create_future()
         self.last_used_at = 0.0
         self.since = 0.0  # when the handshake was completed
@@ -242,7 +255,15 @@ class Channel:
     @property
     def rate_bytes_s(self) -> float | None:
         """What the path towards the peer has been measured to carry."""
-        return self.connection.mux.path.rate if self.connection.mux is not None else None
+        return self.connection.mux.path.bandwidth if self.connection.mux is not None else None
+
+    def set_watched(self, is_watched: bool) -> None:
+        """Look for signs of life as if a request were under way, or no more."""
+        mux = self.connection.mux
+        assert mux is not None, "only established connections are watched"
+        mux.is_watched = is_watched
+        if is_watched:
+            self._arm()
 
     # --- calls of ours ------------------------------------------------------------------------
 
@@ -428,6 +449,7 @@ class Channel:
     def leave(self, code: Code) -> None:
         """Open no new streams, ask the peer for the same, and close once nothing is under way."""
         mux = self.connection.mux
+        self.is_left = True
         if mux is None:
             self.fail(Refused("the connection is not needed any more"))
         elif not (self.is_closed or mux.has_said_goaway):
@@ -521,21 +543,25 @@ class Channel:
                     self.established.set_result(hello)
             case Suspected():
                 logger.debug("peer suspected peer=%s", self.peer.short)
-                self._give_back_pushes()
+                error = ConnectionLost("the peer has been silent for too long")
+                self._give_back_pushes(error)
+                self._host.on_suspected(self, error)
             case Recovered():
                 logger.debug("peer recovered peer=%s", self.peer.short)
+                self._host.on_recovered(self)
             case PeerDead():
                 self.fail(ConnectionLost("the peer has been silent for too long"))
-            case PeerLeaving():
+            case PeerLeaving(code):
                 self.leave(Code.CLOSING)
+                self._host.on_leaving(self, code)
                 self._close_if_left()
 
-    def _give_back_pushes(self) -> None:
+    def _give_back_pushes(self, error: ConnectionLost) -> None:
         """Pushes may be repeated, so they need not wait until a suspected peer counts as dead."""
         for stream, entry in list(self._entries.items()):
             if isinstance(entry, _Call) and stream.kind is StreamKind.PUSH:
                 self._abandon(stream)
-                entry.fail(ConnectionLost("the peer has been silent for too long"))
+                entry.fail(error)
 
     def _on_data(self, stream: Stream, data: memoryview, *, is_end: bool) -> None:
         entry = self._entries.get(stream)

@@ -11,8 +11,9 @@ does not see to that and comes back to one, the detour is cut out.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from p2pllm.errors import ConfigError, LocalProtocolError, NoRoute
 from p2pllm.ids import PeerId
@@ -67,7 +68,8 @@ def plan(view: SwarmView, request: RouteRequest, policy: str | Policy = DEFAULT_
     problem = RoutingProblem(view, request, span, tuple(candidates), costs)
     choices = _without_detours(choose(problem))
     _check(choices, span)
-    prices = costs.price([(candidate.server, part) for candidate, part in choices])
+    chosen = [(candidate.server, part) for candidate, part in choices]
+    prices = costs.price(chosen)
     hops = tuple(
         RouteHop(
             candidate.server.peer_id,
@@ -79,7 +81,19 @@ def plan(view: SwarmView, request: RouteRequest, policy: str | Policy = DEFAULT_
         for (candidate, part), (prefill, decode) in zip(choices, prices, strict=True)
     )
     name = policy if isinstance(policy, str) else getattr(policy, "__name__", "custom")
-    return Route(hops, costs.total(prices), name, tuple(notes))
+    notes += _relayed_links(view, request, hops)
+    return Route(hops, costs.total(chosen), name, tuple(notes))
+
+
+def _relayed_links(
+    view: SwarmView, request: RouteRequest, hops: Sequence[RouteHop]
+) -> Iterator[str]:
+    """What is to be said of links that servers lately failed to use."""
+    if request.relayed:
+        return
+    for hop, after in pairwise(hops):
+        if view.is_broken(hop.peer_id, after.peer_id):
+            yield f"{hop.peer_id.short} cannot reach {after.peer_id.short}: relayed by the client"
 
 
 def _candidates(

@@ -4,127 +4,77 @@
     async with Server.open(config, identity, source, choice, network=TcpNetwork()) as server:
         ...   # serving; leaving the block says goodbye to the swarm
 
-Opening joins the swarm, chooses the span if the user left that to us, loads the blocks, measures
-them, and only then announces itself: whoever finds a server in the DHT can use it.
+Opening joins the swarm, chooses the span if the user left that to us and says so, loads the blocks,
+measures them, and only then announces itself as a server that takes sessions. One that chose its
+span itself goes on looking at the swarm (`p2pllm.server.balancer`), and moves when that helps:
+
+    load what we lack beside what we serve ── drain ── serve the new span with the old cache
+
+Blocks that both spans have stay where they are. Where memory does not allow to load beside the old
+blocks, sessions are drained and the blocks that go are forgotten first.
 """
 
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 from p2pllm.clock import Clock, SystemClock
 from p2pllm.config import NodeConfig, ServerConfig
-from p2pllm.errors import ConfigError
+from p2pllm.errors import ConfigError, P2PLLMError
 from p2pllm.identity import Identity
-from p2pllm.ids import ModelId
-from p2pllm.model.checkpoint import Checkpoint, open_checkpoint
-from p2pllm.model.config import ModelConfig
 from p2pllm.model.device import choose_device, choose_dtype, numerics_of
 from p2pllm.model.executor import Executor, executor_or_thread
-from p2pllm.model.families.family import Weights
-from p2pllm.model.hub import resolve_model
-from p2pllm.model.span_model import SpanCompute, SpanModel
+from p2pllm.model.kv_cache import KVCache
+from p2pllm.model.memory import free_memory
+from p2pllm.model.span_model import SpanCompute
 from p2pllm.net.link import Network
-from p2pllm.routing.placement import choose_span
 from p2pllm.server.announcer import Announcer
+from p2pllm.server.balancer import GUESSED_RATE, Balancer, MayLeave
+from p2pllm.server.capacity import BlockCost, Capacity, block_cost, fit, usable_of
 from p2pllm.server.handlers import Offer, Service
 from p2pllm.server.pages import PAGE_TOKENS, PageAllocator, pages_for
-from p2pllm.server.scheduler import Scheduler
-from p2pllm.server.sessions import SessionTable
+from p2pllm.server.serving import Serving
+from p2pllm.server.source import LoadProgress, ModelSource
 from p2pllm.server.throughput import Throughput, measure
 from p2pllm.server.worker import Worker
 from p2pllm.spans import Span
+from p2pllm.swarm.announcements import ModelListing, Presence, ServerState
 from p2pllm.swarm.node import Node
-from p2pllm.swarm.tracker import read_presences
-from p2pllm.swarm.view import Measurements, build_view
 from p2pllm.tasks import task_group, to_the_end
 from p2pllm.version import __version__
-from p2pllm.wire.messages import Output
 
 logger = logging.getLogger(__name__)
 
-LoadProgress = Callable[[int, int], None]  # blocks loaded, blocks in all
-FetchProgress = Callable[[int, int], None]  # bytes fetched, bytes in all
-
-
-class ModelSource(Protocol):
-    """What a server must know of a model: a `Checkpoint`, or the simulator's stand-in."""
-
-    @property
-    def config(self) -> ModelConfig: ...
-
-    @property
-    def model_id(self) -> ModelId: ...
-
-    @property
-    def block_parameters(self) -> int:
-        """How many numbers one block holds."""
-        ...
-
-    def load_span(
-        self, span: Span, settings: ServerConfig, on_progress: LoadProgress | None
-    ) -> SpanCompute:
-        """Read the blocks of a span into memory; runs in the device thread."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointSource:
-    """The blocks of an open checkpoint.
-
-    With a `name` (what `resolve_model` takes), the files that hold a span are fetched when the
-    span is known: of a large Hub repo only its shards.
-    """
-
-    checkpoint: Checkpoint
-    name: str = ""
-    on_fetch: FetchProgress | None = None
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.checkpoint.config
-
-    @property
-    def model_id(self) -> ModelId:
-        return self.checkpoint.model_id
-
-    @property
-    def block_parameters(self) -> int:
-        return self.checkpoint.block_parameters
-
-    def load_span(
-        self, span: Span, settings: ServerConfig, on_progress: LoadProgress | None
-    ) -> SpanCompute:
-        device = choose_device(settings.device)
-        dtype = choose_dtype(settings.dtype, device)
-        checkpoint = self.checkpoint
-        if self.name:
-            path = resolve_model(self.name, span=span, progress=self.on_fetch)
-            checkpoint = open_checkpoint(path, self.model_id.name)
-
-        def weights() -> Iterator[Weights]:
-            for index in span:
-                yield checkpoint.block_weights(index, dtype)
-                if on_progress is not None:
-                    on_progress(index + 1 - span.start, len(span))
-
-        return SpanModel.load(self.config, span, weights(), dtype=dtype, device=device)
+MOVE_DRAIN_S = 15.0  # for sessions to go elsewhere before a move: a replay takes a second or two
+ABOUT_AS_MANY = 0.9  # of the blocks that fit: a server that comes back serves as many as before
+MAX_RELOADS = 2  # when others took our span while we loaded it; later the balancer sees to it
 
 
 @dataclass(frozen=True, slots=True)
 class BlockChoice:
     """Which blocks to serve: exactly `span`, or the `num_blocks` that the swarm needs most.
 
-    Neither: as many as fit into `memory_bytes` (0: all blocks), which more may not exceed.
+    Neither: as many as fit into `memory_bytes` (0: into what is free). With `memory_bytes` also
+    blocks that were asked for must fit. `kept` is where the server was before it was restarted.
     """
 
     span: Span | None = None
     num_blocks: int = 0
     memory_bytes: int = 0
+    kept: Span | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What a server works with, and a test may replace."""
+
+    device: Executor  # computes
+    loader: Executor  # reads weights while the device computes
+    clock: Clock
+    rng: random.Random
 
 
 class Server:
@@ -133,21 +83,53 @@ class Server:
     def __init__(
         self,
         node: Node,
-        service: Service,
-        worker: Worker,
-        announcer: Announcer,
-        pages: PageAllocator,
+        source: ModelSource,
+        settings: ServerConfig,
+        capacity: Capacity,
+        tools: Tools,
+        tasks: asyncio.TaskGroup,
     ) -> None:
         self.node = node
-        self.pages = pages
-        self.service = service
-        self.worker = worker
-        self.announcer = announcer
+        self.capacity = capacity
+        self.on_moved: Callable[[Span], None] | None = None
+        self._source = source
+        self._settings = settings
+        self._tools = tools
+        self._tasks = tasks
+        self.announcer = Announcer(node, source.model_id, *_introduction(node, source, settings))
+        self._balancer = Balancer(
+            node, self.announcer, source.model_id, source.config.num_blocks, tools.rng
+        )
+        self._serving: Serving  # from `_begin` on
+        self._throughput: Throughput
+        self._is_movable = False
+        self._running: set[asyncio.Task[None]] = set()
+        self._serves: asyncio.Task[None]
+        self._balances: asyncio.Task[None] | None = None
+
+    # --- what is served ------------------------------------------------------------------------
 
     @property
     def offer(self) -> Offer:
         """What is served."""
-        return self.service.offer
+        return self._serving.service.offer
+
+    @property
+    def pages(self) -> PageAllocator:
+        """Who holds the cache."""
+        return self._serving.pages
+
+    @property
+    def service(self) -> Service:
+        """Who answers."""
+        return self._serving.service
+
+    @property
+    def worker(self) -> Worker:
+        """Who computes."""
+        return self._serving.worker
+
+    # --- life ----------------------------------------------------------------------------------
 
     @classmethod
     @asynccontextmanager
@@ -169,92 +151,149 @@ class Server:
         Without an `executor` it computes in a thread of its own. An error of the body is raised
         as it is.
 
-        Raises ConfigError (a span that the model does not have), CheckpointError, or
-        TransportError (the port is taken, no peer answers).
+        Raises ConfigError (a span that the model does not have, too little memory),
+        CheckpointError, or TransportError (the port is taken, no peer answers).
         """
-        settings, clock = config.server, clock or SystemClock()
+        settings, clock, rng = config.server, clock or SystemClock(), rng or random.Random()
         check_choice(choice, source.config.num_blocks)
-        with executor_or_thread(executor, "p2pllm-device") as device:
+        with (
+            executor_or_thread(executor, "p2pllm-device") as device,
+            executor_or_thread(executor, "p2pllm-loader") as loader,
+        ):
+            tools = Tools(device, loader, clock, rng)
             async with Node.open(config, identity, network=network, clock=clock, rng=rng) as node:
                 await node.join()
-                span = await _choose(node, source, choice, settings)
-                model = await device.run(lambda: source.load_span(span, settings, on_progress))
-                server = await cls._prepare(node, source, model, settings, device, clock)
-                async with server._running():
-                    yield server
+                capacity = _capacity(source, choice, settings)
+                async with task_group() as tasks:
+                    server = cls(node, source, settings, capacity, tools, tasks)
+                    try:
+                        await server._begin(choice, on_progress)
+                        yield server
+                    finally:
+                        await to_the_end(server.announcer.withdraw())
+                        for task in server._running:
+                            task.cancel()
 
-    @classmethod
-    async def _prepare(
-        cls,
-        node: Node,
-        source: ModelSource,
-        model: SpanCompute,
-        settings: ServerConfig,
-        executor: Executor,
-        clock: Clock,
-    ) -> "Server":
-        """Everything that stands between loaded blocks and the first session."""
-        num_pages = pages_for(settings.cache_tokens)
+    async def _begin(self, choice: BlockChoice, on_progress: LoadProgress | None) -> None:
+        """From the choice of a span to the first session."""
+        num_blocks, total = self.capacity.num_blocks, self._source.config.num_blocks
+        is_free = choice.span is None and num_blocks < total
+        self._is_movable = is_free and self._settings.is_balanced
+        if is_free:
+            span = await self._balancer.take_place(num_blocks, choice.kept)
+        else:
+            span = choice.span or Span(0, total)
+            rate = self._settings.throughput or GUESSED_RATE
+            self.announcer.join(span, rate, is_movable=False)
+        model = await self._load(span, None, on_progress)
+        if is_free:
+            for _ in range(MAX_RELOADS):
+                span = await self._balancer.look_again()
+                if span == model.span:
+                    break
+                model = await self._load(span, model, on_progress)
+        cache = await self._make_cache(model)
+        self._throughput = await self._measure(model, cache)
+        self._serve(model, cache)
+        self._running.add(self._tasks.create_task(self.announcer.run()))
+        self._balancer.bind()
+        if self._is_movable:
+            self._balances = self._tasks.create_task(self._balancer.run(self.move))
+            self._running.add(self._balances)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new sessions, and wait until all that are here have gone, or the time is over.
+
+        The swarm and the sessions' clients are told at once. Leave the server's block after it.
+        """
+        self.announcer.leave()
+        if self._balances is not None:
+            self._balances.cancel()
+            await asyncio.wait([self._balances])
+        await self.service.drain(timeout_s)
+
+    async def move(self, span: Span, may_leave: MayLeave) -> None:
+        """Serve other blocks, as many as before, if `may_leave` says so when they are loaded.
+
+        The caller has told the swarm. Raises P2PLLMError if they cannot be loaded; the server
+        then serves what it did.
+        """
+        old = self._serving
+        has_room = self._has_room_beside(old.span, span)
+        if has_room:
+            model = await self._load(span, old.model)
+        if not await may_leave():
+            logger.info("not moved, others leave too from=%s to=%s", old.span, span)
+            return
+        self.announcer.drain_to(span)
+        await old.service.drain(MOVE_DRAIN_S)
+        self._serves.cancel()
+        await asyncio.wait([self._serves])
+        self._running.remove(self._serves)
+        if not has_room:
+            old.model.forget_all_but(old.span.overlap(span))
+            try:
+                model = await self._load(span, old.model)
+            except P2PLLMError:
+                self._serve(await self._load(old.span, old.model), old.cache)
+                raise
+        self._serve(model, old.cache)
+        logger.info("moved from=%s to=%s", old.span, span)
+        if self.on_moved is not None:
+            self.on_moved(span)
+
+    # --- steps of these ------------------------------------------------------------------------
+
+    def _serve(self, model: SpanCompute, cache: KVCache) -> None:
+        """Answer for these blocks from now on."""
+        self._serving = Serving.of(
+            model,
+            cache,
+            self._source.model_id,
+            self.node.endpoint,
+            self._settings,
+            self._tools.device,
+            self._tools.clock,
+        )
+        self._serving.service.bind()
+        self._serves = self._tasks.create_task(self._serving.run())
+        self._running.add(self._serves)
+        self.announcer.serve(self._serving, self._throughput, is_movable=self._is_movable)
+
+    async def _load(
+        self, span: Span, loaded: SpanCompute | None, on_progress: LoadProgress | None = None
+    ) -> SpanCompute:
+        source, settings = self._source, self._settings
+        return await self._tools.loader.run(
+            lambda: source.load_span(span, settings, on_progress, loaded)
+        )
+
+    async def _make_cache(self, model: SpanCompute) -> KVCache:
+        num_pages = pages_for(self._settings.cache_tokens)
         try:
-            cache = await executor.run(lambda: model.make_cache(num_pages, PAGE_TOKENS))
+            return await self._tools.device.run(lambda: model.make_cache(num_pages, PAGE_TOKENS))
         except RuntimeError as exc:  # torch has no class of its own for this on every device
             raise ConfigError(
-                f"no memory for a cache of {settings.cache_tokens} tokens; choose fewer "
+                f"no memory for a cache of {self._settings.cache_tokens} tokens; choose fewer "
                 "--cache-tokens or fewer blocks"
             ) from exc
-        if settings.throughput:
-            throughput = Throughput.stated(settings.throughput)
-        else:
-            throughput = await executor.run(
-                lambda: measure(model, cache, chunk_tokens=settings.prefill_chunk_tokens)
-            )
-        logger.info("measured throughput=%s", throughput)
-        pages = PageAllocator(num_pages, quota_pages=_quota_pages(settings, num_pages))
-        scheduler = Scheduler(
-            batch_tokens=settings.batch_tokens,
-            chunk_tokens=settings.prefill_chunk_tokens,
-            max_rows=settings.max_queue_steps,
-        )
-        worker = Worker(model, cache, scheduler, executor, clock)
-        offer = Offer(
-            source.model_id,
-            numerics_of(model.dtype),
-            model.span,
-            source.config.hidden_size,
-        )
-        sessions: SessionTable[Output] = SessionTable(
-            pages, max_sessions=settings.max_sessions, lease_s=settings.lease_s
-        )
-        service = Service(node.endpoint, offer, sessions, worker, settings)
-        service.bind()
-        announcer = Announcer(
-            node,
-            offer,
-            source.config.num_blocks,
-            pages=pages,
-            worker=worker,
-            throughput=throughput,
-            max_tokens_per_session=min(settings.max_tokens_per_session, num_pages * PAGE_TOKENS),
-            public_name=settings.public_name,
-            version=__version__,
-        )
-        return cls(node, service, worker, announcer, pages)
 
-    @asynccontextmanager
-    async def _running(self) -> AsyncIterator[None]:
-        """Serve; on leaving, withdraw the announcement before the transport closes."""
-        async with task_group() as tasks:
-            running = [
-                tasks.create_task(self.worker.run()),
-                tasks.create_task(self.service.run()),
-                tasks.create_task(self.announcer.run()),
-            ]
-            try:
-                yield
-            finally:
-                await to_the_end(self.announcer.withdraw())
-                for task in running:
-                    task.cancel()
+    async def _measure(self, model: SpanCompute, cache: KVCache) -> Throughput:
+        settings = self._settings
+        if settings.throughput:
+            return Throughput.stated(settings.throughput)
+        device, chunk_tokens = self._tools.device, settings.prefill_chunk_tokens
+        throughput = await device.run(
+            lambda: measure(model, cache, chunk_tokens=chunk_tokens, timer=device.timer)
+        )
+        logger.info("measured throughput=%s", throughput)
+        return throughput
+
+    def _has_room_beside(self, here: Span, span: Span) -> bool:
+        """Is there memory for the new blocks while the old ones are still there?"""
+        num_new = sum(block not in here for block in span)
+        free = usable_of(free_memory(choose_device(self._settings.device)))
+        return num_new * self.capacity.cost.weight_bytes <= free
 
 
 def check_choice(choice: BlockChoice, num_blocks: int) -> None:
@@ -267,46 +306,49 @@ def check_choice(choice: BlockChoice, num_blocks: int) -> None:
         )
 
 
-async def _choose(
-    node: Node, source: ModelSource, choice: BlockChoice, settings: ServerConfig
-) -> Span:
-    total = source.config.num_blocks
-    fitting = _blocks_that_fit(source, choice, settings)
+def _capacity(source: ModelSource, choice: BlockChoice, settings: ServerConfig) -> Capacity:
+    """How many blocks we serve, and what they take."""
+    cost = _cost(source, settings)
+    limit = choice.memory_bytes or usable_of(free_memory(choose_device(settings.device)))
     asked = len(choice.span) if choice.span else choice.num_blocks
-    if asked > fitting:
+    if asked and not choice.memory_bytes:
+        return Capacity(asked, cost, limit)  # at the user's own risk
+    fitting = fit(limit, cost, source.config.num_blocks)
+    if asked > fitting.num_blocks:
         raise ConfigError(
-            f"{fitting} blocks fit into the memory allowed, and {asked} are asked; allow more "
-            "--memory, or serve fewer blocks or --cache-tokens"
+            f"{fitting.num_blocks} blocks fit into the memory allowed, and {asked} are asked; "
+            "allow more --memory, or serve fewer blocks or --cache-tokens"
         )
-    if choice.span is not None:
-        return choice.span
-    num_blocks = choice.num_blocks or fitting
-    if num_blocks >= total:
-        return Span(0, total)
-    presences = await read_presences(node.dht, source.model_id)
-    now = asyncio.get_running_loop().time()
-    view = build_view(source.model_id, total, presences, Measurements(), now)
-    return choose_span(view, num_blocks, own=node.peer_id)
+    before = len(choice.kept) if choice.kept else 0
+    if not asked and ABOUT_AS_MANY * fitting.num_blocks <= before <= fitting.num_blocks:
+        asked = before  # what is free varies a little: no reason to lose our place
+    return replace(fitting, num_blocks=asked or fitting.num_blocks)
 
 
-def _blocks_that_fit(source: ModelSource, choice: BlockChoice, settings: ServerConfig) -> int:
-    """How many blocks with their share of the cache fit into the memory allowed."""
+def _cost(source: ModelSource, settings: ServerConfig) -> BlockCost:
     config = source.config
-    if not choice.memory_bytes:
-        return config.num_blocks
-    itemsize = choose_dtype(settings.dtype, choose_device(settings.device)).itemsize
-    block = source.block_parameters * itemsize
-    cache = 2 * config.num_kv_heads * config.head_dim * settings.cache_tokens * itemsize
-    fitting = choice.memory_bytes // (block + cache)
-    if not fitting:
-        raise ConfigError(
-            f"not one block fits: it takes {(block + cache) / 2**20:.0f} MiB with its part of the "
-            "cache; allow more --memory or fewer --cache-tokens"
-        )
-    return int(min(fitting, config.num_blocks))
+    return block_cost(
+        parameters=source.block_parameters,
+        kv_values_per_token=2 * config.num_kv_heads * config.head_dim,
+        cache_tokens=settings.cache_tokens,
+        itemsize=choose_dtype(settings.dtype, choose_device(settings.device)).itemsize,
+    )
 
 
-def _quota_pages(settings: ServerConfig, num_pages: int) -> int:
-    """What one peer may hold while others wait: a quarter, if the user does not say."""
-    asked = settings.max_tokens_per_peer
-    return pages_for(asked) if asked else max(1, num_pages // 4)
+def _introduction(
+    node: Node, source: ModelSource, settings: ServerConfig
+) -> tuple[ModelListing, Presence]:
+    """What never changes of the announcements."""
+    config, cache_tokens = source.config, pages_for(settings.cache_tokens) * PAGE_TOKENS
+    dtype = choose_dtype(settings.dtype, choose_device(settings.device))
+    presence = Presence(
+        peer_id=node.peer_id,
+        span=Span(0, config.num_blocks),
+        numerics=numerics_of(dtype),
+        state=ServerState.JOINING,
+        max_tokens_per_session=min(settings.max_tokens_per_session, cache_tokens),
+        public_name=settings.public_name,
+        version=__version__,
+    )
+    listing = ModelListing(node.peer_id, source.model_id, config.num_blocks, config.hidden_size)
+    return listing, presence

@@ -11,18 +11,23 @@ while it is used within its lease. Three rules keep it right whatever the networ
   and a take-over changes the token.
 - **Steps apply once.** Step numbers rise by one; only the first of an epoch may leave some out,
   those that were given up before they came here. A repeated step is not computed again: its kept
-  output is sent again. Outputs are kept until the client acknowledges them, at most `WINDOW` of a
-  session and `MAX_KEPT_BYTES` in all.
+  output is sent again, under the epoch that asks for it. Outputs are kept until the client
+  acknowledges them, at most `WINDOW` of a session and `MAX_KEPT_BYTES` in all.
 - **Position says where.** A new step at `position < length` truncates first (a rollback); one at
   `position > length`, or whose number is not the next, is `OutOfOrder`. The chunks of a prompt
   follow each other closely and may overtake: a step that is only early is held for a while.
+
+Who waits for pages may have those of idle sessions (`reclaim`), and their clients build them again.
+The longest idle goes first, and first of all one of a client that holds more than its share, after
+`RECLAIM_IDLE_S`. A client within its share loses a session only to one that stays within its own,
+and after `EVICT_IDLE_S`; one that keeps stepping loses none.
 
 Pure: no clock, no tensors. Outputs are opaque to it.
 """
 
 import hmac
 from collections import OrderedDict
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
@@ -31,6 +36,7 @@ from p2pllm.errors import (
     Busy,
     CacheFull,
     Forbidden,
+    NotServed,
     OutOfOrder,
     SessionUnknown,
     StaleEpoch,
@@ -38,11 +44,14 @@ from p2pllm.errors import (
 from p2pllm.ids import PeerId, SessionId
 from p2pllm.server.pages import PAGE_TOKENS, PageAllocator, pages_for
 from p2pllm.spans import Span
-from p2pllm.wire.messages import Open, Rewire, Row
+from p2pllm.wire.messages import HandOver, Open, Pull, Rewire, Row
 
 WINDOW = 16  # steps of one session under way or kept: a pipelined prefill needs hops + 2
 MAX_KEPT_BYTES = 256 * 2**20  # of outputs not acknowledged; beyond, the oldest are dropped
+MAX_EPOCHS_PUSHED = 1024  # by which a predecessor may raise an epoch at once
 RECLAIM_IDLE_S = 5.0  # a person who types is slower, and their client tells it all again
+EVICT_IDLE_S = 10.0  # of a client within its share; a pause in a chat, not one between two steps
+MIN_TOKEN_BYTES = 16  # of a token that lets others read
 RUNNING_GRACE_S = 600.0  # a step that runs longer than its lease and this was lost by a bug
 MAX_HELD_BYTES = 128 * 2**20  # of early steps' messages, over all sessions
 
@@ -76,9 +85,20 @@ class Session(Generic[OutputT]):
     last_step: int | None = None
     may_skip: bool = False  # no step of this epoch was accepted yet: numbers may be left out
     running: dict[int, Row] = field(default_factory=dict)  # accepted, output not there yet
-    asked_again: set[int] = field(default_factory=set)  # running steps that came once more
+    asked_again: dict[int, Row] = field(default_factory=dict)  # running steps that came once more
     kept: OrderedDict[int, OutputT] = field(default_factory=OrderedDict)
     held: dict[int, _Held] = field(default_factory=dict)  # early steps
+    reader_token: bytes = b""  # who presents it may read the pages; empty: nobody
+
+    @property
+    def next_step(self) -> int:
+        """The number of the step whose turn it is, if none is left out."""
+        return 0 if self.last_step is None else self.last_step + 1
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens whose keys and values are in the cache for good, unless there is a rollback."""
+        return min([self.length, *(row.position for row in self.running.values())])
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,23 +241,38 @@ class SessionTable(Generic[OutputT]):
             self._drop(session)
         return over
 
-    def reclaim(self, now: float, waiting: Set[PeerId]) -> Session[OutputT] | None:
-        """Drop the longest idle session of a peer over its quota, for `waiting` others.
+    def reclaim(self, now: float, waiting: Sequence[tuple[PeerId, int]]) -> Session[OutputT] | None:
+        """Drop one idle session for those who wait for pages: its client can build it again.
 
-        At most one at a time, idle for `RECLAIM_IDLE_S` at least: its client can build it again.
+        `waiting`: (client, pages), whose turn it is first. The module's text has the rule. None
+        is dropped if the first has room already, or would have none without all that may go.
         """
-        idle = [
-            session
-            for session in self._sessions.values()
-            if not session.running
-            and waiting - {session.client}
-            and not self._pages.is_within_quota(session.client, 0)
-            and now - (session.expires - self._lease_s) >= RECLAIM_IDLE_S
+        if not waiting:
+            return None
+        spare = [
+            session for session in self._sessions.values() if self._may_go(session, now, waiting)
         ]
-        longest = min(idle, key=lambda session: session.expires, default=None)
-        if longest is not None:
-            self._drop(longest)
+        num_free = self._pages.num_free
+        if not num_free < waiting[0][1] <= num_free + sum(len(session.pages) for session in spare):
+            return None
+        longest = min(spare, key=lambda s: (not self._is_over_share(s.client), s.expires))
+        self._drop(longest)
         return longest
+
+    def _may_go(
+        self, session: Session[OutputT], now: float, waiting: Sequence[tuple[PeerId, int]]
+    ) -> bool:
+        if session.running:
+            return False
+        idle_s = now - (session.expires - self._lease_s)
+        if self._is_over_share(session.client) and any(p != session.client for p, _ in waiting):
+            return idle_s >= RECLAIM_IDLE_S
+        first, num_pages = waiting[0]
+        is_fair = first == session.client or self._pages.is_within_quota(first, num_pages)
+        return is_fair and idle_s >= EVICT_IDLE_S
+
+    def _is_over_share(self, client: PeerId) -> bool:
+        return not self._pages.is_within_quota(client, 0)
 
     def next_expiry_s(self, now: float) -> float:
         """Seconds until the first lease may end: how long a refused client should wait."""
@@ -279,14 +314,18 @@ class SessionTable(Generic[OutputT]):
     def hold(self, row: Row, message: object, num_bytes: int, *, until: float) -> bool:
         """Keep a row that was OutOfOrder because it is early, until the ones before it are here.
 
-        False if it is not early, or there is no room. `next_held` gives `message` back;
-        `take_held` says when `until` is over.
+        False if it is not early, or there is no room. One that comes again only waits longer.
+        `next_held` gives `message` back; `take_held` says when `until` is over.
         """
         session = self._sessions.get(row.session)
-        if session is None or row.epoch != session.epoch or row.step in session.held:
+        if session is None or row.epoch != session.epoch:
             return False
+        again = session.held.get(row.step)
+        if again is not None:
+            session.held[row.step] = replace(again, until=max(until, again.until))
+            return True
         no_room = self._held_bytes + num_bytes > MAX_HELD_BYTES or len(session.held) >= WINDOW
-        if no_room or row.step <= _turn(session):  # whose turn it is, and is wrong, stays wrong
+        if no_room or row.step <= session.next_step:  # whose turn it is, and is wrong, stays wrong
             return False
         session.held[row.step] = _Held(row, message, num_bytes, until)
         self._held_bytes += num_bytes
@@ -294,7 +333,7 @@ class SessionTable(Generic[OutputT]):
 
     def next_held(self, session: Session[OutputT]) -> object | None:
         """The held row whose turn has come, as it was given to `hold`; None if there is none."""
-        held = session.held.pop(_turn(session), None)
+        held = session.held.pop(session.next_step, None)
         if held is None:
             return None
         self._held_bytes -= held.num_bytes
@@ -312,21 +351,20 @@ class SessionTable(Generic[OutputT]):
 
     def on_output(
         self, row: Row, output: OutputT, now: float, num_bytes: int = 0
-    ) -> Session[OutputT] | None:
-        """Keep a computed row's output; returns the session if the output should be sent.
+    ) -> tuple[Session[OutputT], Row] | None:
+        """Keep a computed row's output; returns (session, row) if the output should be sent.
 
-        `num_bytes` is its size. None: the session is gone, or its newer epoch has not asked for
-        this step.
+        That row is the one which asked for it last. `num_bytes` is the output's size. None: the
+        session is gone, or its newer epoch has not asked for this step.
         """
         session = self._sessions.get(row.session)
         if session is None or session.running.get(row.step) != row:
             return None
-        is_wanted = row.epoch == session.epoch or row.step in session.asked_again
+        asked = session.asked_again.pop(row.step, row)
         del session.running[row.step]
-        session.asked_again.discard(row.step)
         self._keep(session, row.step, output, num_bytes)
         session.expires = now + self._lease_s
-        return session if is_wanted else None
+        return (session, asked) if asked.epoch == session.epoch else None
 
     def _keep(self, session: Session[OutputT], step: int, output: OutputT, num_bytes: int) -> None:
         session.kept[step] = output
@@ -342,16 +380,19 @@ class SessionTable(Generic[OutputT]):
         del session.kept[step]
         self._kept_bytes -= self._kept.pop((session.id, step))
 
-    def on_failed(self, row: Row) -> Session[OutputT] | None:
-        """A row could not be computed: the cache ends before it, and later steps are off."""
+    def on_failed(self, row: Row) -> tuple[Session[OutputT], list[Row]] | None:
+        """A row could not be computed: the cache ends before it, and later steps are off.
+
+        Returns the session and the rows that are lost, each as it was asked for last.
+        """
         session = self._sessions.get(row.session)
         if session is None or session.running.get(row.step) != row:
             return None
-        session.running = {step: r for step, r in session.running.items() if step < row.step}
-        session.asked_again.intersection_update(session.running)
+        lost = [step for step in session.running if step >= row.step]
+        running = {step: session.running.pop(step) for step in lost}
         session.length = min(session.length, row.position)
         session.last_step = row.step - 1
-        return session
+        return session, [session.asked_again.pop(step, running[step]) for step in lost]
 
     def fork(
         self, request: Open, source: SessionId, position: int, now: float, *, others_wait: bool
@@ -365,7 +406,7 @@ class SessionTable(Generic[OutputT]):
             raise SessionUnknown(f"session {source} is not open here")
         self._authorise(held, request.client, request.epoch)
         if held.running:
-            raise BadRequest("a session can be forked between steps only")
+            raise Busy("a session can be forked between steps only", retry_after_s=0.05)
         if not 0 <= position <= held.length:
             raise BadRequest(f"position {position} of a session of {held.length} tokens")
         if position > request.max_tokens or request.span != held.span:
@@ -377,13 +418,52 @@ class SessionTable(Generic[OutputT]):
         new.length = position
         return held, new
 
+    # --- handing over --------------------------------------------------------------------
+
+    def lend(self, request: HandOver, client: PeerId, now: float) -> Session[OutputT]:
+        """From now on, whoever presents the token may read the session's pages."""
+        held = self._sessions.get(request.session)
+        if held is None:
+            raise SessionUnknown(f"session {request.session} is not open here")
+        self._authorise(held, client, request.epoch)
+        if len(request.token) < MIN_TOKEN_BYTES:
+            raise BadRequest(f"a token of {len(request.token)} bytes; {MIN_TOKEN_BYTES} are needed")
+        held.reader_token = request.token
+        held.expires = now + self._lease_s
+        return held
+
+    def on_pull(self, request: Pull) -> Session[OutputT]:
+        """The session that is to be read, if it may be."""
+        held = self._sessions.get(request.session)
+        if held is None:
+            raise SessionUnknown(f"session {request.session} is not open here")
+        expected = held.reader_token
+        if not (expected and hmac.compare_digest(request.token, expected)):
+            raise Forbidden(f"a wrong token for the pages of session {request.session}")
+        if not held.span.covers(request.span):
+            raise NotServed(f"session {request.session} has blocks {held.span}, not {request.span}")
+        return held
+
+    def may_pull(self, session: Session[OutputT], position: int) -> bool:
+        """Is it still there, ends at that position, and has not begun to compute?"""
+        is_here = self._sessions.get(session.id) is session
+        return is_here and session.last_step is None and session.length == position
+
+    def on_pulled(self, session: Session[OutputT], num_tokens: int, now: float) -> None:
+        """That many more tokens are in the pages, as another server had them."""
+        session.length += num_tokens
+        session.expires = now + self._lease_s
+
     # --- rules ---------------------------------------------------------------------------
 
     def _authorise(self, session: Session[OutputT], client: PeerId, epoch: int) -> None:
         if client != session.client:
             raise Forbidden(f"session {session.id} belongs to another client")
         if epoch < session.epoch:
-            raise StaleEpoch(f"epoch {epoch} of session {session.id}; it is at {session.epoch}")
+            raise StaleEpoch(
+                f"epoch {epoch} of session {session.id}; it is at {session.epoch}",
+                expected=session.epoch,
+            )
 
     def may_push(self, session: Session[OutputT], sender: PeerId, token: bytes) -> bool:
         """Is it the session's client, or somebody with its push token?"""
@@ -397,23 +477,28 @@ class SessionTable(Generic[OutputT]):
         """The client may step its own session; anyone else needs the session's push token.
 
         Either may raise the epoch: the predecessor passes on what the client has told the first.
+        It may do so by `MAX_EPOCHS_PUSHED` only, or it could keep the client out for ever.
         """
         if not self.may_push(session, sender, token):
             raise Forbidden(f"a wrong push token for session {row.session}")
         if row.epoch < session.epoch:
             raise StaleEpoch(
-                f"epoch {row.epoch} of session {row.session}; it is at {session.epoch}"
+                f"epoch {row.epoch} of session {row.session}; it is at {session.epoch}",
+                expected=session.epoch,
             )
+        if sender != session.client and row.epoch > session.epoch + MAX_EPOCHS_PUSHED:
+            raise BadRequest(f"epoch {row.epoch} of session {row.session}, at {session.epoch} now")
         self._raise_epoch(session, row.epoch)
 
     def _check_order(self, session: Session[OutputT], row: Row) -> None:
         last = session.last_step
         if row.num_tokens < 1 or row.position < 0 or row.step < 0:
             raise BadRequest("a row needs tokens, a position and a step number")
-        is_next = last is None or row.step == last + 1 or session.may_skip
+        may_skip = (last is None or session.may_skip) and row.first_step in (-1, row.step)
+        is_next = may_skip or row.step == session.next_step
         if row.position > session.length or not is_next:
             raise OutOfOrder(
-                f"step {row.step} at position {row.position}; step {_turn(session)} "
+                f"step {row.step} at position {row.position}; step {session.next_step} "
                 f"at {session.length} is next",
                 expected=session.length,
             )
@@ -426,14 +511,16 @@ class SessionTable(Generic[OutputT]):
             raise Busy(f"{WINDOW} steps of this session are under way", retry_after_s=0.05)
 
     def _repeat(self, session: Session[OutputT], row: Row) -> Repeated[OutputT]:
-        output = session.kept.get(row.step)
-        if output is None and row.step not in session.running:
+        output, running = session.kept.get(row.step), session.running.get(row.step)
+        if output is None and running is None:
             raise OutOfOrder(
                 f"step {row.step} was acknowledged and its output dropped",
                 expected=session.length,
             )
-        if output is None:
-            session.asked_again.add(row.step)
+        if running is not None:
+            if (row.position, row.num_tokens) != (running.position, running.num_tokens):
+                raise BadRequest(f"step {row.step} came before with other tokens")
+            session.asked_again[row.step] = row
         return Repeated(row, output)
 
     def _raise_epoch(self, session: Session[OutputT], epoch: int) -> None:
@@ -442,11 +529,6 @@ class SessionTable(Generic[OutputT]):
             session.may_skip = True
             session.asked_again.clear()  # that was an older route asking
             self.take_held(session)  # and those were its steps
-
-
-def _turn(session: Session[OutputT]) -> int:
-    """The number of the step that is next."""
-    return 0 if session.last_step is None else session.last_step + 1
 
 
 def _fits(held: Session[OutputT], request: Open) -> bool:

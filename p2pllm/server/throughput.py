@@ -36,17 +36,28 @@ class Throughput:
         return cls(1 / tokens_blocks_s, 1 / tokens_blocks_s, tokens_blocks_s)
 
 
-def measure(model: SpanCompute, cache: KVCache, *, chunk_tokens: int) -> Throughput:
-    """Measure on pages of the idle cache; takes a second or so. Runs in the device thread."""
+def measure(
+    model: SpanCompute,
+    cache: KVCache,
+    *,
+    chunk_tokens: int,
+    timer: Callable[[], float] = time.perf_counter,
+) -> Throughput:
+    """Measure on pages of the idle cache; takes a second or so. Runs in the device thread, whose
+    `timer` it reads."""
     num_blocks = len(model.span)
     chunk = min(chunk_tokens, cache.num_pages * cache.page_tokens)
     one, eight = _decode_rows(cache, 1), _decode_rows(cache, 8)
     everything = tuple(range(cache.num_pages))
-    prefill = _median_s(model, cache, [CacheRow(everything, 0, chunk)], PREFILL_PASSES)
+    prompt = [CacheRow(everything, 0, chunk)]
+
+    def seconds(rows: list[CacheRow], passes: int) -> float:
+        return _median_s(model, cache, rows, passes, timer)
+
     return Throughput(
-        seconds_per_block_1=_median_s(model, cache, one, DECODE_PASSES) / num_blocks,
-        seconds_per_block_8=_median_s(model, cache, eight, DECODE_PASSES) / num_blocks,
-        prefill_tokens_s=chunk * num_blocks / prefill,
+        seconds_per_block_1=seconds(one, DECODE_PASSES) / num_blocks,
+        seconds_per_block_8=seconds(eight, DECODE_PASSES) / num_blocks,
+        prefill_tokens_s=chunk * num_blocks / seconds(prompt, PREFILL_PASSES),
     )
 
 
@@ -60,20 +71,26 @@ def _decode_rows(cache: KVCache, batch: int) -> list[CacheRow]:
     ]
 
 
-def _median_s(model: SpanCompute, cache: KVCache, rows: list[CacheRow], passes: int) -> float:
+def _median_s(
+    model: SpanCompute,
+    cache: KVCache,
+    rows: list[CacheRow],
+    passes: int,
+    timer: Callable[[], float],
+) -> float:
     num_tokens = sum(row.num_tokens for row in rows)
     hidden = torch.randn(num_tokens, model.config.hidden_size).to(model.device, model.dtype)
     times = [
-        _timed(lambda: model.forward(hidden, rows, cache, span=model.span), model.device)
+        _timed(lambda: model.forward(hidden, rows, cache, span=model.span), model.device, timer)
         for _ in range(passes + 1)
     ]
     return statistics.median(times[1:])
 
 
-def _timed(work: Callable[[], object], device: torch.device) -> float:
-    started = time.perf_counter()
+def _timed(work: Callable[[], object], device: torch.device, timer: Callable[[], float]) -> float:
+    started = timer()
     with torch.inference_mode():
         work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    return timer() - started

@@ -12,6 +12,7 @@ client has given up waiting. What waits is bounded in bytes, and a client's shar
 
 import asyncio
 import logging
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,14 +28,19 @@ from p2pllm.model.kv_cache import CacheRow, KVCache
 from p2pllm.model.span_model import SpanCompute
 from p2pllm.model.tensor_io import decode_tensor, encode_tensor
 from p2pllm.server.scheduler import Batch, Piece, Scheduler, Task
-from p2pllm.wire.messages import HopTiming, Open, Row
-from p2pllm.wire.tensors import WireTensor
+from p2pllm.spans import Span
+from p2pllm.wire.messages import HopTiming, Open, Pages, Row
+from p2pllm.wire.tensors import TensorCodec, WireTensor
 
 logger = logging.getLogger(__name__)
 
 MAX_WAITING_BYTES = 512 * 2**20  # of coded inputs that wait
 MAX_WAITING_BYTES_PER_CLIENT = MAX_WAITING_BYTES // 4  # beyond its first message
 RETRY_AFTER_S = 0.5
+
+
+class BadInput(BadRequest):
+    """The hidden states of a step are no good: the fault of whoever sent it."""
 
 
 @dataclass(eq=False)
@@ -69,15 +75,15 @@ class StepInput:
         return row.num_tokens if self.opening.next_hop else row.num_outputs
 
     def hidden(self, dtype: torch.dtype) -> Tensor:
-        """The whole tensor, decoded once; raises BadRequest, each time, if that fails."""
+        """The whole tensor, decoded once; raises BadInput, each time, if that fails."""
         if self.error:
-            raise BadRequest(self.error)
+            raise BadInput(self.error)
         if self.decoded is None:
             try:
                 self.decoded = decode_tensor(self.tensor, dtype=dtype)
             except CodecError as exc:
                 self.error = str(exc)
-                raise BadRequest(self.error) from exc
+                raise BadInput(self.error) from exc
         return self.decoded
 
 
@@ -123,7 +129,7 @@ class Worker:
         self._cache = cache
         self._scheduler = scheduler
         self._executor = executor
-        self._clock = clock
+        self.clock = clock
         self._inputs: dict[Task, _RowInput] = {}
         self._held_bytes: Counter[PeerId] = Counter()  # of what waits, by client
         self._wake = asyncio.Event()
@@ -155,6 +161,13 @@ class Worker:
             self._forget(task)
         return [task.row for task in tasks]
 
+    def prolong(self, session: SessionId, step: int, deadline: float) -> None:
+        """Somebody waits until `deadline` for a row that waits or is being computed."""
+        for task, row_input in self._inputs.items():
+            if (task.row.session, task.row.step) == (session, step):
+                source = row_input.source
+                source.deadline = max(source.deadline, deadline)
+
     def _forget(self, task: Task) -> None:
         row_input = self._inputs.pop(task, None)
         if row_input is None:
@@ -171,6 +184,50 @@ class Worker:
     ) -> None:
         """Copy the first `num_tokens` tokens of one page table to another."""
         await self._executor.run(lambda: self._cache.copy(source, target, num_tokens))
+
+    def tokens_in(self, num_bytes: int, span: Span) -> int:
+        """How many tokens' keys and values in these blocks have that many bytes; at least one."""
+        return max(1, num_bytes // (len(span) * self._cache.token_bytes))
+
+    async def export_pages(
+        self, pages: tuple[int, ...], span: Span, start: int, num_tokens: int
+    ) -> Pages:
+        """A copy of the keys and values of some tokens in some blocks, ready to be sent.
+
+        The caller makes sure that `pages` still are who they were, when it has the copy.
+        """
+        first = span.start - self._model.span.start
+
+        def read() -> Pages:
+            values = self._cache.export_tokens(pages, first, len(span), start, num_tokens)
+            tensor = encode_tensor(values, TensorCodec.RAW)
+            return Pages(start, num_tokens, zlib.crc32(tensor.data), tensor)
+
+        return await self._executor.run(read)
+
+    async def import_pages(self, pages: tuple[int, ...], span: Span, part: Pages) -> None:
+        """Put into a page table what `export_pages` gave at another server.
+
+        Raises CodecError, with nothing changed, if it is no such thing, damaged, or not finite.
+        The device takes one thing after the other: this one is before whatever the pages are
+        used for when the caller no longer waits.
+        """
+        first = span.start - self._model.span.start
+
+        def write() -> None:
+            if zlib.crc32(part.tensor.data) != part.checksum:
+                raise CodecError("keys and values that were damaged on the way")
+            expected = (len(span), *self._cache.token_shape(part.num_tokens))
+            if part.tensor.header.shape != expected:
+                raise CodecError(f"pages of shape {part.tensor.header.shape}, not {expected}")
+            values = decode_tensor(part.tensor)
+            if values.dtype != self._cache.dtype or part.tensor.header.codec is not TensorCodec.RAW:
+                raise CodecError(f"pages in {values.dtype}, not as the cache holds them")
+            if not torch.isfinite(values).all():
+                raise CodecError("pages that hold NaN or infinity")
+            self._cache.import_tokens(pages, first, part.position, values)
+
+        await self._executor.run(write)
 
     async def run(self) -> None:
         """Compute until cancelled."""
@@ -196,7 +253,7 @@ class Worker:
         self._hand_over(batch, done, now)
 
     def _hand_over(self, batch: Batch, done: _Done, now: float) -> None:
-        wall = self._clock.wall()
+        wall = self.clock.wall()
         finished = [
             Finished(
                 source=source,
@@ -258,7 +315,7 @@ class Worker:
         decoded = row_input.source.hidden(self._model.dtype)
         hidden = decoded[start : start + piece.num_tokens].to(self._model.device)
         if not torch.isfinite(hidden).all():
-            raise BadRequest("the step's tensor holds NaN or infinity")
+            raise BadInput("the step's tensor holds NaN or infinity")
         return hidden
 
     def _code(

@@ -13,6 +13,7 @@ rounded, so they survive the int8 codec too: the same tokens come out whatever c
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,14 +59,34 @@ class FakeCache(KVCache):
         self._storage[block, 0].index_copy_(0, slots, states.to(self._storage.dtype))
 
 
-class FakeSpanModel:
-    """Stands in for `SpanModel`; see the module's docstring."""
+@dataclass
+class FakeDevice:
+    """What computing costs, in virtual seconds, and how much has been spent.
 
-    def __init__(self, config: ModelConfig, span: Span) -> None:
+    A batch costs every block `block_s`, and `token_s` more for each token: reading the weights,
+    and multiplying. Nothing waits here; an executor does.
+    """
+
+    block_s: float = 0.0
+    token_s: float = 0.0
+    spent_s: float = 0.0
+
+    def on_forward(self, num_blocks: int, num_tokens: int) -> None:
+        """So many tokens went through so many blocks."""
+        self.spent_s += num_blocks * (self.block_s + num_tokens * self.token_s)
+
+
+class FakeSpanModel:
+    """Stands in for `SpanModel`; see the module's docstring. Costs nothing without a device."""
+
+    def __init__(
+        self, config: ModelConfig, span: Span, fake_device: FakeDevice | None = None
+    ) -> None:
         self.config = config
         self.span = span
         self.dtype = torch.float32
         self.device = torch.device("cpu")
+        self._fake_device = fake_device or FakeDevice()
 
     def make_cache(self, num_pages: int, page_tokens: int) -> FakeCache:
         """Allocate pages for all blocks of the span."""
@@ -86,6 +107,7 @@ class FakeSpanModel:
         sizes = [row.num_tokens for row in rows]
         if not self.span.covers(span) or hidden.shape != (sum(sizes), WIDTH):
             raise LocalProtocolError(f"blocks {span} of {self.span}, {tuple(hidden.shape)} hidden")
+        self._fake_device.on_forward(len(span), sum(sizes))
         plan = cache.plan(rows)
         x = hidden.float().round().to(torch.int64)
         for block in span:
@@ -102,6 +124,9 @@ class FakeSpanModel:
             a, b = 1 + (2 * block + 2) % (MODULUS - 1), 1 + (3 * block + 4) % (MODULUS - 1)
             x = _centred(a * x + b * torch.cat(parts).roll(1, -1) + block)
         return x.to(self.dtype)
+
+    def forget_all_but(self, kept: Span | None) -> None:
+        """There is nothing to forget."""
 
 
 class FakeEdges:

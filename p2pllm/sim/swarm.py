@@ -30,8 +30,10 @@ from p2pllm.config import ClientConfig, DhtConfig, NetConfig, NodeConfig, Server
 from p2pllm.identity import Identity
 from p2pllm.ids import ModelId
 from p2pllm.model.config import ModelConfig
-from p2pllm.server.server import BlockChoice, LoadProgress, Server
-from p2pllm.sim.fake_model import FakeEdges, FakeSpanModel, fake_config, greedy
+from p2pllm.model.span_model import SpanCompute
+from p2pllm.server.server import BlockChoice, Server
+from p2pllm.server.source import LoadProgress
+from p2pllm.sim.fake_model import FakeDevice, FakeEdges, FakeSpanModel, fake_config, greedy
 from p2pllm.sim.loop import LoopClock
 from p2pllm.sim.network import SimNetwork
 from p2pllm.spans import Span
@@ -48,16 +50,28 @@ LAB_SERVER = ServerConfig(cache_tokens=4096, throughput=1e4)
 
 
 class InlineExecutor:
-    """Computes on the loop's own thread, after a virtual `cost_s`; in order, as a thread would."""
+    """Computes on the loop's own thread, after a virtual `cost_s`; in order, as a thread would.
 
-    def __init__(self, cost_s: float = DEVICE_S) -> None:
+    What the work spends on a `device` is waited for as well.
+    """
+
+    def __init__(self, cost_s: float = DEVICE_S, device: FakeDevice | None = None) -> None:
         self._cost_s = cost_s
+        self._device = device or FakeDevice()
         self._turn = asyncio.Lock()  # first come, first served
 
     async def run(self, work: Callable[[], T]) -> T:
         async with self._turn:
             await asyncio.sleep(self._cost_s)
-            return work()
+            before_s = self._device.spent_s
+            result = work()
+            spent_s = self._device.spent_s - before_s
+            if spent_s:
+                await asyncio.sleep(spent_s)
+            return result
+
+    def timer(self) -> float:
+        return self._device.spent_s
 
 
 class BytesTokenizer:
@@ -93,11 +107,16 @@ class FakeSource:
     config: ModelConfig
     model_id: ModelId
     block_parameters: int = 1000
+    device: FakeDevice | None = None  # what computing costs
 
     def load_span(
-        self, span: Span, settings: ServerConfig, on_progress: LoadProgress | None
+        self,
+        span: Span,
+        settings: ServerConfig,
+        on_progress: LoadProgress | None,
+        loaded: SpanCompute | None = None,
     ) -> FakeSpanModel:
-        return FakeSpanModel(self.config, span)
+        return FakeSpanModel(self.config, span, self.device)
 
 
 def fake_source(num_blocks: int) -> FakeSource:
@@ -139,12 +158,22 @@ class SimSwarm:
         await self._group.__aexit__(kind, exc, traceback)
 
     async def add_server(
-        self, span: Span, settings: ServerConfig | None = None, *, device_s: float = DEVICE_S
+        self,
+        blocks: Span | int,
+        settings: ServerConfig | None = None,
+        *,
+        device_s: float = DEVICE_S,
+        device: FakeDevice | None = None,
     ) -> "SimServer":
-        """Start a server and wait until it serves; its device takes `device_s` for a batch."""
+        """Start a server and wait until it serves; its device takes `device_s` for a batch, and
+        what the `device` says for blocks and tokens.
+
+        `blocks`: which ones, or how many of its own choice.
+        """
         config = self._config(settings=settings)
+        choice = BlockChoice(blocks) if isinstance(blocks, Span) else BlockChoice(num_blocks=blocks)
         ready: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
-        task = self._start(self._serve(config, span, ready, device_s))
+        task = self._start(self._serve(config, choice, ready, device_s, device))
         return SimServer(await ready, config.net.listen_host, task)
 
     @asynccontextmanager
@@ -176,6 +205,11 @@ class SimSwarm:
         ids = list(prompt.encode()) if isinstance(prompt, str) else prompt
         return tuple(greedy(self.source.config, ids, num_tokens))
 
+    @property
+    def next_host(self) -> str:
+        """The address of the server or client that comes next, to shape its lines before."""
+        return _host(self._num_hosts + 1)
+
     async def _bootstrap(self, ready: "asyncio.Future[Address]") -> None:
         config = self._config()
         host = self.internet.host(config.net.listen_host)
@@ -188,19 +222,20 @@ class SimSwarm:
     async def _serve(
         self,
         config: NodeConfig,
-        span: Span,
+        choice: BlockChoice,
         ready: "asyncio.Future[Server]",
         device_s: float,
+        device: FakeDevice | None,
     ) -> None:
         try:
             async with Server.open(
                 config,
                 self._identity(),
-                self.source,
-                BlockChoice(span),
+                replace(self.source, device=device),
+                choice,
                 network=self.internet.host(config.net.listen_host),
                 clock=self._clock,
-                executor=InlineExecutor(device_s),
+                executor=InlineExecutor(device_s, device),
                 rng=self._rng,
             ) as server:
                 ready.set_result(server)
@@ -219,7 +254,7 @@ class SimSwarm:
         self, *, settings: ServerConfig | None = None, is_client: bool = False
     ) -> NodeConfig:
         self._num_hosts += 1
-        address = f"10.0.0.{self._num_hosts}"
+        address = _host(self._num_hosts)
         return NodeConfig(
             net=NetConfig(
                 network_id="sim",
@@ -234,6 +269,10 @@ class SimSwarm:
 
     def _identity(self) -> Identity:
         return Identity.from_seed(self._rng.randbytes(32))
+
+
+def _host(number: int) -> str:
+    return f"10.0.{number >> 8}.{number & 255}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,8 @@ class Presence:
     as tokens that may each go through the whole span. `queue_s`: how long a new step waits.
     `rtts`: measured round trips in seconds to servers that could be the next hop.
     `relays`: peers through which it can be reached when it cannot be dialled.
+    `next_span`: where it is about to move; it serves `span` as long as it is ONLINE.
+    `is_movable`: it moves to other blocks when the swarm gains by that.
     """
 
     peer_id: PeerId
@@ -73,6 +75,8 @@ class Presence:
     rtts: tuple[tuple[PeerId, float], ...] = ()
     public_name: str = ""
     version: str = ""
+    next_span: Span | None = None
+    is_movable: bool = False
 
     def seconds_per_block(self, batch: int) -> float:
         """One decode step of one block for `batch` sequences: the line through batch 1 and 8."""
@@ -81,7 +85,7 @@ class Presence:
 
     def to_body(self) -> dict[str, Any]:
         """The record's body; what is out of the readers' bounds is clamped to them."""
-        numerics = self.numerics
+        numerics, coming = self.numerics, self.next_span
         return {
             "span": [self.span.start, self.span.stop],
             "state": int(self.state),
@@ -102,6 +106,8 @@ class Presence:
             ),
             "name": _printable(self.public_name, MAX_NAME_BYTES),
             "version": _printable(self.version, MAX_WORD_BYTES),
+            "moves": self.is_movable,
+            "next": None if coming is None else [coming.start, coming.stop],
         }
 
     @classmethod
@@ -115,7 +121,7 @@ class Presence:
         body = record.body
         return cls(
             peer_id=record.subkey,
-            span=_span(body),
+            span=_span(body, "span"),
             numerics=_numerics(body),
             state=_state(body),
             seconds_per_block_1=_number(body, "block1_s", _MIN_SECONDS, _MAX_SECONDS),
@@ -128,6 +134,8 @@ class Presence:
             rtts=_rtts(body),
             public_name=_text(body, "name", MAX_NAME_BYTES),
             version=_text(body, "version", MAX_WORD_BYTES),
+            next_span=None if body.get("next") is None else _span(body, "next"),
+            is_movable=body.get("moves") is True,
         )
 
 
@@ -213,10 +221,10 @@ def _word(value: object, name: str, max_bytes: int) -> str:
     return value
 
 
-def _span(body: dict[str, Any]) -> Span:
-    ends = body.get("span")
+def _span(body: dict[str, Any], name: str) -> Span:
+    ends = body.get(name)
     if not isinstance(ends, list) or len(ends) != 2 or not all(type(end) is int for end in ends):
-        raise CodecError("'span' must be two integers")
+        raise CodecError(f"{name!r} must be two integers")
     start, stop = ends
     if not 0 <= start < stop <= MAX_BLOCKS:
         raise CodecError(f"{start}:{stop} is not a span of blocks")

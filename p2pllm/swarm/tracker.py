@@ -4,7 +4,8 @@ Twice per `view_refresh_s`, or when somebody asks, it reads all presences from t
 to `max_pings` servers. Any server may be a hop, so none is left out: those of the first, the last
 and the middle blocks take turns, the ones longest unpinged first. (Petals overwrites its list of
 first servers with that of middle ones, so its entry links are mostly priced by a constant.) Only
-servers under a penalty are not pinged: a dead one would hold up every refresh.
+servers under a penalty are not pinged: a dead one would hold up every refresh. When it is over,
+they come first, for until they answer they stay a last resort.
 
 What it needs is passed in: where records come from and how a peer is pinged.
 """
@@ -162,13 +163,13 @@ class SwarmTracker:
                 group.create_task(self._ping_one(peer))
 
     def _next_to_ping(self) -> list[PeerId]:
-        """At most `max_pings` servers: first, last and middle ones in turn, and within each of
-        these the longest unpinged first (drawn where equal)."""
+        """At most `max_pings` servers: those suspected, then first, last and middle ones in turn,
+        and within each of these the longest unpinged first (drawn where equal)."""
         view = self.view()
         servers = [
             server
             for server in view.servers
-            if server.presence.state is ServerState.ONLINE and not view.is_penalised(server)
+            if server.presence.state is ServerState.ONLINE and server.penalty_until <= view.taken_at
         ]
         self._rng.shuffle(servers)
         servers.sort(key=lambda s: self._pinged_at.get(s.peer_id, float("-inf")), reverse=True)
@@ -176,7 +177,9 @@ class SwarmTracker:
         lasts = [s.peer_id for s in servers if s.span.stop == self.num_blocks]
         outer = {*firsts, *lasts}
         middles = [s.peer_id for s in servers if s.peer_id not in outer]
-        chosen: dict[PeerId, None] = {}  # in order, each once: a server may be first and last
+        suspects = [s.peer_id for s in servers if view.is_penalised(s)]
+        # In order, each once: a server may be first and last.
+        chosen = dict.fromkeys(suspects[::-1][: self._config.max_pings])
         while (firsts or lasts or middles) and len(chosen) < self._config.max_pings:
             for queue in (firsts, lasts, middles):
                 if queue and len(chosen) < self._config.max_pings:

@@ -46,6 +46,7 @@ class Between:
 Count = Annotated[int, Between(0, MAX_COUNT)]
 Positive = Annotated[int, Between(1, MAX_COUNT)]
 Seconds = Annotated[float, Between(0.0, 1e15)]  # a duration, or a wall time
+Rate = Annotated[float, Between(0.0, 1e15)]  # bytes per second
 
 
 class Echo(enum.IntEnum):
@@ -82,6 +83,8 @@ class Row:
     `acked` is the newest step whose output the client holds: older kept outputs may go.
     `tail`, if not 0, asks for the outputs of the last `tail` tokens only: after a prompt the
     client needs one hidden state, not thousands.
+    `first_step` is the number of the first step of this epoch: only that one may leave numbers
+    out, whatever else arrives before it. -1: not said, and whichever comes first may.
     """
 
     session: SessionId
@@ -91,6 +94,7 @@ class Row:
     num_tokens: Positive
     acked: Annotated[int, Between(-1, MAX_COUNT)] = -1
     tail: Count = 0
+    first_step: Annotated[int, Between(-1, MAX_COUNT)] = -1
 
     @property
     def num_outputs(self) -> int:
@@ -100,11 +104,18 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class HopTiming:
-    """What one hop did with a step, all in seconds (`sent_at` on the hop's own clock)."""
+    """What one hop did with a step, all in seconds (`sent_at` on the hop's own clock).
+
+    `next_rtt_s` and `next_rate_bytes_s` are what its transport knows of the link that the output
+    leaves on, to the next hop or the client: the smallest recent round trip, and the rate of
+    delivery; 0: not known. All of it is a claim, see `p2pllm.swarm.timings`.
+    """
 
     queue_s: Seconds
     compute_s: Seconds
     sent_at: Seconds
+    next_rtt_s: Seconds = 0.0
+    next_rate_bytes_s: Rate = 0.0
 
 
 MESSAGES: dict[int, type["Message"]] = {}
@@ -242,6 +253,8 @@ class Open(Message):
 
     `push_token` is what this hop's predecessor will present; `next_hop` (the next hop's signed
     peer record, empty for the last) and `next_token` are what this hop needs to push onwards.
+    With `source`, the signed peer record of a server that holds the session's blocks already, a
+    new session's first `source_position` tokens are pulled from there: see `HandOver`.
     """
 
     session: SessionId
@@ -258,6 +271,9 @@ class Open(Message):
     codec: TensorCodec = TensorCodec.RAW
     is_compressed: bool = False
     wait_s: Seconds = 0.0
+    source: bytes = b""
+    source_token: bytes = b""
+    source_position: Count = 0
 
 
 @message(33)
@@ -266,13 +282,15 @@ class Opened(Message):
     """The session is open with room for `max_tokens`, and stays while used within `lease_s`.
 
     `next_rtt_s` is the measured round trip to the next hop; negative if it could not be reached
-    or there is none. `position` is the cache's length (above 0 when taken over).
+    or there is none. `position` is the cache's length (above 0 when taken over or handed over),
+    `next_step` the number that follows the newest step seen (0: none was).
     """
 
     lease_s: Seconds
     position: Count = 0
     next_rtt_s: float = -1.0
     numerics: Numerics = Numerics("")
+    next_step: Count = 0
 
 
 @message(34)
@@ -312,7 +330,8 @@ class HopFailed(Message):
     """Pushed to the client: these rows of a step went no further than the sender.
 
     `error` and `text` as in `ErrorReply`; `next_hop` is the unreachable successor (empty: the
-    fault is the sender's own).
+    fault is the sender's own). `is_input`: the hidden states that came in were no good (of a wrong
+    shape, not decodable, not finite), so the fault is the sender's of the step.
     """
 
     rows: tuple[Row, ...]
@@ -321,6 +340,7 @@ class HopFailed(Message):
     next_hop: bytes = b""
     retry_after_s: Seconds = 0.0
     expected: Count = 0
+    is_input: bool = False
 
 
 @message(37)
@@ -354,6 +374,73 @@ class Fork(Message):
     position: Count
     push_token: bytes = b""
     next_token: bytes = b""
+
+
+@message(40)
+@dataclass(frozen=True, slots=True)
+class Leaving(Message):
+    """Pushed to a client: this server goes away in `deadline_s`; move these sessions elsewhere."""
+
+    sessions: tuple[SessionId, ...]
+    deadline_s: Seconds
+
+
+@message(41)
+@dataclass(frozen=True, slots=True)
+class HandOver(Message):
+    """Let whoever presents `token` read this session's keys and values. Answered with `Opened`.
+
+    Sent by the client to the server that has them; the one that is to get them is told by `Open`
+    (`source`, `source_token`), and sends `Pull`. Holds until the session is closed, or changed.
+    """
+
+    session: SessionId
+    epoch: Count
+    token: bytes
+
+
+@message(42)
+@dataclass(frozen=True, slots=True)
+class Pull(Message):
+    """Stream a session's tokens `[start, stop)` in the blocks of `span`, as `Pages`.
+
+    Asked again from a later `start`, it goes on after an interruption.
+    """
+
+    session: SessionId
+    token: bytes
+    model: ModelId
+    numerics: Numerics
+    span: Span
+    start: Count
+    stop: Positive
+
+
+@message(43)
+@dataclass(frozen=True, slots=True)
+class Pages(Message):
+    """Keys and values of tokens `[position, position + num_tokens)`, as the cache holds them.
+
+    `tensor`: (blocks, 2 · kv_heads, num_tokens, head_dim), all keys before all values, raw.
+    `checksum`: CRC-32 of its data.
+    """
+
+    position: Count
+    num_tokens: Positive
+    checksum: Annotated[int, Between(0, 2**32 - 1)]
+    tensor: WireTensor
+
+
+# --- between servers -------------------------------------------------------------------------
+
+
+@message(48)
+@dataclass(frozen=True, slots=True)
+class Stay(Message):
+    """Keep these blocks for a minute: the sender is about to leave them. Answered with `Ack`."""
+
+    model: ModelId
+    span: Span
 
 
 # --- bodies ----------------------------------------------------------------------------------

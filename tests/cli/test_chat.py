@@ -121,23 +121,6 @@ def test_the_oldest_turns_are_forgotten_when_no_session_is_large_enough(
     assert "forgotten" in capsys.readouterr().err
 
 
-def test_what_was_said_is_told_anew_when_a_server_is_lost(
-    model: FakeModel, capsys: pytest.CaptureFixture[str]
-) -> None:
-    async def lose_the_first() -> Conversation:
-        conversation = Conversation(SAMPLING)
-        conversation._model = cast(SwarmModel, model)
-        await conversation.say("one")
-        model.lost = [*model.sessions]
-        await conversation.say("two")
-        return conversation
-
-    conversation = asyncio.run(lose_the_first())
-    assert [message["content"] for message in conversation.messages] == ["one", "yes", "two", "yes"]
-    assert len(model.sessions) == 2
-    assert "a server was lost" in capsys.readouterr().err
-
-
 def test_a_question_that_fails_is_as_if_it_had_not_been_asked(model: FakeModel) -> None:
     async def fail() -> Conversation:
         conversation = Conversation(SAMPLING)
@@ -151,13 +134,12 @@ def test_a_question_that_fails_is_as_if_it_had_not_been_asked(model: FakeModel) 
     assert asyncio.run(fail()).messages == []
 
 
-def test_a_question_that_fails_again_elsewhere_is_forgotten_too(model: FakeModel) -> None:
+def test_a_later_question_that_fails_is_forgotten_too(model: FakeModel) -> None:
     async def fail() -> Conversation:
         conversation = Conversation(SAMPLING)
         conversation._model = cast(SwarmModel, model)
         await conversation.say("one")
-        again = FakeSession(FIRST_SESSION_TOKENS)
-        model.lost = [model.sessions[0], again]
+        model.lost = [model.sessions[0]]
         with pytest.raises(SessionUnknown):
             await conversation.say("two")
         return conversation

@@ -15,12 +15,13 @@ from p2pllm.cli.nodes import (
     join_line,
     listening_node,
     prepare_ready_file,
+    span_memory,
     write_ready_file,
 )
 from p2pllm.cli.options import NodeOptions
 from p2pllm.config import ShaperConfig
 from p2pllm.errors import ConfigError
-from p2pllm.ids import PeerId
+from p2pllm.ids import ModelId, PeerId
 from p2pllm.spans import Span
 from p2pllm.swarm.node import Node
 
@@ -61,6 +62,34 @@ def test_an_identity_file_is_made_and_used_again(home: Path) -> None:
     options = replace(OPTIONS, identity=home / "my.key")
     assert identity_of(options).peer_id == identity_of(options).peer_id
     assert (home / "my.key").stat().st_mode & 0o077 == 0
+
+
+def test_a_server_remembers_its_span_per_model_beside_its_key(home: Path) -> None:
+    options = replace(OPTIONS, identity=home / "my.key")
+    model, other = ModelId(b"m" * 32, "one name"), ModelId(b"o" * 32)
+    span_memory(options).write(model, Span(10, 20))
+    assert span_memory(options).read(replace(model, name="another")) == Span(10, 20)
+    assert span_memory(options).read(other) is None
+    assert [path.name for path in home.iterdir()] == ["my.key.span"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"model": "6d", "blocks": "1:2"}', "\xff"])
+def test_a_memory_that_is_none_is_as_good_as_none(home: Path, text: str) -> None:
+    (home / "my.key.span").write_text(text)
+    assert span_memory(replace(OPTIONS, identity=home / "my.key")).read(ModelId(b"m" * 32)) is None
+
+
+def test_a_span_that_does_not_parse_is_not_remembered(home: Path) -> None:
+    content = {"model": (b"m" * 32).hex(), "blocks": "7"}
+    (home / "my.key.span").write_text(json.dumps(content))
+    assert span_memory(replace(OPTIONS, identity=home / "my.key")).read(ModelId(b"m" * 32)) is None
+
+
+def test_a_node_without_a_place_remembers_nothing(home: Path) -> None:
+    memory = span_memory(replace(OPTIONS, listen=("127.0.0.1", 0)))
+    memory.write(ModelId(b"m" * 32), Span(0, 1))
+    assert memory.read(ModelId(b"m" * 32)) is None
+    assert list(home.iterdir()) == []
 
 
 def test_the_table_is_kept_per_swarm_and_a_new_swarm_reads_none() -> None:

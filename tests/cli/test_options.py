@@ -185,7 +185,8 @@ def test_json_is_one_object_with_the_fields_that_scripts_rely_on(
         "tokens_per_s": 4.0,
         "bytes_per_token_per_hop": 0.0,
         "route": [],
-        "recoveries": 0,
+        "recoveries": [],
+        "journal_peak_bytes": 0,
     }
 
 

@@ -10,7 +10,7 @@ from p2pllm.client.compute import ClientCompute, Drawing
 from p2pllm.client.exchange import Part
 from p2pllm.client.sequence import Finish
 from p2pllm.client.sequence import Sequence as TextSequence
-from p2pllm.client.session import WireFormat
+from p2pllm.client.state import WireFormat
 from p2pllm.errors import RemoteProtocolError
 from p2pllm.ids import SessionId
 from p2pllm.model.sampling import SamplingParams

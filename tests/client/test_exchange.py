@@ -1,29 +1,33 @@
 """Answers find the step that waits for them, whatever order they come in and whoever sends them."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 import torch
 
-from p2pllm.client.exchange import Exchange, Part
+from p2pllm.client.exchange import Exchange, Hedge, Interrupted, Part
 from p2pllm.errors import (
     BadRequest,
     CacheFull,
     ConnectionLost,
     DeadlineExceeded,
     OutOfOrder,
+    P2PLLMError,
     RequestFailed,
+    StepFailed,
 )
 from p2pllm.ids import PeerId, SessionId
 from p2pllm.model.tensor_io import encode_tensor
 from p2pllm.net.endpoint import Endpoint
 from p2pllm.net.frames import Priority
 from p2pllm.net.rpc import Request
+from p2pllm.net.watch import OnLost
 from p2pllm.sim.loop import run
-from p2pllm.wire.messages import HopFailed, HopTiming, Message, Output, Row, Step
+from p2pllm.wire.messages import HopFailed, HopTiming, Leaving, Message, Output, Row, Step
 from p2pllm.wire.tensors import TensorCodec, WireTensor
 
 SERVER, OTHER = PeerId(b"s" * 32), PeerId(b"o" * 32)
@@ -42,11 +46,12 @@ def tensor(num_rows: int) -> WireTensor:
 
 
 class FakeEndpoint:
-    """Takes pushes and does nothing with them; `arrive` is what the network brings."""
+    """Takes pushes and does nothing with them; `arrive` and `lose` are what the network brings."""
 
     def __init__(self) -> None:
         self.handlers: dict[type[Message], Callable[[Request[Any]], Awaitable[Message]]] = {}
-        self.pushed: list[Message] = []
+        self.pushed: list[tuple[PeerId, Message]] = []
+        self.watched: list[tuple[PeerId, OnLost]] = []
         self.push_ends: asyncio.Future[None] | None = None  # None: at once
 
     def handle(
@@ -54,13 +59,29 @@ class FakeEndpoint:
     ) -> None:
         self.handlers[kind] = handler
 
+    def is_connected(self, peer: PeerId) -> bool:
+        return True
+
     async def push(self, peer: PeerId, message: Message, **_: object) -> None:
-        self.pushed.append(message)
+        self.pushed.append((peer, message))
         if self.push_ends is not None:
             await self.push_ends
 
+    @contextmanager
+    def watch(self, peer: PeerId, on_lost: OnLost) -> Iterator[None]:
+        self.watched.append((peer, on_lost))
+        try:
+            yield
+        finally:
+            self.watched.remove((peer, on_lost))
+
     async def arrive(self, message: Message, sender: PeerId = SERVER) -> None:
         await self.handlers[type(message)](Request(sender, message, 0.0, None))
+
+    def lose(self, peer: PeerId) -> None:
+        for watched, on_lost in list(self.watched):
+            if watched == peer:
+                on_lost(ConnectionLost("gone"))
 
 
 def output(*rows: Row) -> Output:
@@ -71,29 +92,54 @@ def failed(*rows: Row, error: int = OutOfOrder.code, **more: Any) -> HopFailed:
     return HopFailed(rows, error, "no", **more)
 
 
-Scenario = Callable[[FakeEndpoint, "asyncio.Task[tuple[Part, ...]]"], Awaitable[None]]
+Waiting = asyncio.Task[tuple[Part, ...]]
+Scenario = Callable[[FakeEndpoint, Waiting], Awaitable[None]]
 
 
-def with_step(scenario: Scenario, rows: tuple[Row, ...] = ROWS) -> None:
-    """Run a scenario while a step waits; afterwards nobody may wait any more."""
+def start(
+    exchange: Exchange,
+    hops: tuple[PeerId, ...] = (SERVER,),
+    rows: tuple[Row, ...] = ROWS,
+    hedge: Hedge | None = None,
+) -> Waiting:
+    """Begin to send a step."""
+    step = Step(rows, tensor(len(rows)))
+    return asyncio.ensure_future(
+        exchange.step(hops, step, timeout_s=TIMEOUT_S, priority=Priority.DECODE, hedge=hedge)
+    )
+
+
+async def failure_of(waiting: Waiting) -> StepFailed:
+    """How the step failed."""
+    with pytest.raises(StepFailed) as caught:
+        await waiting
+    return caught.value
+
+
+def with_step(
+    scenario: Scenario,
+    *,
+    hops: tuple[PeerId, ...] = (SERVER,),
+    prepare: Callable[[FakeEndpoint, Exchange], None] = lambda endpoint, exchange: None,
+) -> None:
+    """Run a scenario while a step waits; afterwards nobody may wait or watch any more."""
 
     async def main() -> None:
         endpoint = FakeEndpoint()
         exchange = Exchange(cast(Endpoint, endpoint))
-        step = Step(rows, tensor(len(rows)))
-        waiting = asyncio.ensure_future(
-            exchange.step([SERVER], step, timeout_s=TIMEOUT_S, priority=Priority.DECODE)
-        )
-        await asyncio.sleep(0)
+        prepare(endpoint, exchange)
+        waiting = start(exchange, hops)
+        await asyncio.sleep(0.001)
         await scenario(endpoint, waiting)
         await asyncio.wait([waiting])
         assert not exchange._waiters
+        assert not endpoint.watched
 
     run(main())
 
 
 def test_one_output_of_all_rows_is_the_answer() -> None:
-    async def scenario(endpoint: FakeEndpoint, waiting: "asyncio.Task[tuple[Part, ...]]") -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: Waiting) -> None:
         sent = output(*ROWS)
         await endpoint.arrive(sent)
         assert await waiting == (Part(ROWS, sent.tensor, sent.timings),)
@@ -103,7 +149,7 @@ def test_one_output_of_all_rows_is_the_answer() -> None:
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
 def test_parts_come_in_any_order_and_are_handed_on_in_it(order: tuple[int, ...]) -> None:
-    async def scenario(endpoint: FakeEndpoint, waiting: "asyncio.Task[tuple[Part, ...]]") -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: Waiting) -> None:
         for index in order:
             assert not waiting.done()
             await endpoint.arrive(output(ROWS[index]))
@@ -114,7 +160,7 @@ def test_parts_come_in_any_order_and_are_handed_on_in_it(order: tuple[int, ...])
 
 
 def test_a_repeated_output_counts_once() -> None:
-    async def scenario(endpoint: FakeEndpoint, waiting: "asyncio.Task[tuple[Part, ...]]") -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: Waiting) -> None:
         for rows in ((ROWS[0],), (ROWS[0],), ROWS[1:], (ROWS[0],), ROWS):
             await endpoint.arrive(output(*rows))
         assert len(await waiting) == 2
@@ -124,7 +170,7 @@ def test_a_repeated_output_counts_once() -> None:
 
 @pytest.mark.parametrize("rows", [(row(1, 1),), (row(9),), (*ROWS, row(9)), (ROWS[0], row(1, 1))])
 def test_an_output_of_something_else_is_ignored(rows: tuple[Row, ...]) -> None:
-    async def scenario(endpoint: FakeEndpoint, waiting: "asyncio.Task[tuple[Part, ...]]") -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: Waiting) -> None:
         await endpoint.arrive(output(*rows))
         await endpoint.arrive(output(*ROWS))
         assert [part.rows for part in await waiting] == [ROWS]
@@ -133,7 +179,7 @@ def test_an_output_of_something_else_is_ignored(rows: tuple[Row, ...]) -> None:
 
 
 def test_a_stranger_neither_answers_nor_fails_for_a_hop() -> None:
-    async def scenario(endpoint: FakeEndpoint, waiting: "asyncio.Task[tuple[Part, ...]]") -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: Waiting) -> None:
         await endpoint.arrive(output(*ROWS), sender=OTHER)
         await endpoint.arrive(failed(*ROWS), sender=OTHER)
         await asyncio.sleep(1.0)
@@ -144,30 +190,46 @@ def test_a_stranger_neither_answers_nor_fails_for_a_hop() -> None:
     with_step(scenario)
 
 
+def test_a_failure_of_an_older_route_does_not_end_the_step_that_was_sent_again() -> None:
+    async def main() -> None:
+        endpoint = FakeEndpoint()
+        exchange = Exchange(cast(Endpoint, endpoint))
+        again = tuple(replace(each, epoch=3) for each in ROWS)
+        waiting = start(exchange, rows=again)
+        await asyncio.sleep(0.001)
+        await endpoint.arrive(failed(*(replace(each, epoch=2) for each in ROWS)))
+        await asyncio.sleep(1.0)
+        assert not waiting.done()
+        await endpoint.arrive(failed(again[2]))
+        assert (await failure_of(waiting)).peer == SERVER
+
+    run(main())
+
+
 def test_one_failed_row_fails_the_step_with_what_the_hop_says() -> None:
-    async def scenario(endpoint: FakeEndpoint, waiting: "asyncio.Task[tuple[Part, ...]]") -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: Waiting) -> None:
         await endpoint.arrive(output(ROWS[0]))
         await endpoint.arrive(failed(ROWS[1], error=OutOfOrder.code, expected=7))
         await endpoint.arrive(failed(ROWS[2], error=CacheFull.code, retry_after_s=3.0))
-        with pytest.raises(OutOfOrder) as caught:
-            await waiting
-        assert caught.value.expected == 7
-        assert SERVER.short in str(caught.value)
+        failure = await failure_of(waiting)
+        assert failure.peer == SERVER
+        assert isinstance(failure.cause, OutOfOrder)
+        assert failure.cause.expected == 7
+        assert SERVER.short in str(failure)
 
     with_step(scenario)
 
 
 def test_an_error_that_this_version_does_not_know_is_a_failed_request() -> None:
-    async def scenario(endpoint: FakeEndpoint, waiting: "asyncio.Task[tuple[Part, ...]]") -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: Waiting) -> None:
         await endpoint.arrive(failed(*ROWS, error=250))
-        with pytest.raises(RequestFailed):
-            await waiting
+        assert type((await failure_of(waiting)).cause) is RequestFailed
 
     with_step(scenario)
 
 
 def test_no_answer_in_time_is_a_deadline_exceeded() -> None:
-    async def scenario(endpoint: FakeEndpoint, waiting: "asyncio.Task[tuple[Part, ...]]") -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: Waiting) -> None:
         await endpoint.arrive(output(ROWS[0]))
         with pytest.raises(DeadlineExceeded):
             await waiting
@@ -177,36 +239,71 @@ def test_no_answer_in_time_is_a_deadline_exceeded() -> None:
     with_step(scenario)
 
 
+def test_a_hop_whose_connection_is_lost_ends_the_step_at_once() -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: Waiting) -> None:
+        endpoint.lose(OTHER)
+        failure = await failure_of(waiting)
+        assert (failure.peer, type(failure.cause)) == (OTHER, ConnectionLost)
+
+    with_step(scenario, hops=(SERVER, OTHER, SERVER))
+
+
+def test_each_hop_of_a_step_is_watched_while_it_is_under_way() -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: Waiting) -> None:
+        assert [peer for peer, _ in endpoint.watched] == [OTHER, SERVER]
+        assert [peer for peer, _ in endpoint.pushed] == [OTHER]
+        await endpoint.arrive(output(*ROWS))
+
+    with_step(scenario, hops=(OTHER, SERVER))
+
+
+def test_a_first_hop_that_cannot_be_reached_is_the_one_that_failed() -> None:
+    def prepare(endpoint: FakeEndpoint, exchange: Exchange) -> None:
+        endpoint.push_ends = asyncio.get_running_loop().create_future()
+        endpoint.push_ends.set_exception(ConnectionLost("gone"))
+
+    async def scenario(endpoint: FakeEndpoint, waiting: Waiting) -> None:
+        failure = await failure_of(waiting)
+        assert (failure.peer, type(failure.cause)) == (OTHER, ConnectionLost)
+
+    with_step(scenario, hops=(OTHER, SERVER), prepare=prepare)
+
+
+@pytest.mark.parametrize(
+    ("told", "understood"), [(OTHER.key, OTHER), (b"", None), (b"short", None), (b"x" * 33, None)]
+)
+def test_a_hop_may_name_the_next_one_and_the_input_as_what_is_wrong(
+    told: bytes, understood: PeerId | None
+) -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: Waiting) -> None:
+        await endpoint.arrive(failed(*ROWS, next_hop=told, is_input=True))
+        failure = await failure_of(waiting)
+        assert (failure.peer, failure.next_hop, failure.is_input) == (SERVER, understood, True)
+
+    with_step(scenario)
+
+
 @pytest.mark.parametrize("is_failed_first", [True, False])
 def test_what_fails_first_is_raised_and_the_other_error_is_not_left_over(
     is_failed_first: bool,
 ) -> None:
-    async def scenario(endpoint: FakeEndpoint, waiting: "asyncio.Task[tuple[Part, ...]]") -> None:
+    def prepare(endpoint: FakeEndpoint, exchange: Exchange) -> None:
+        endpoint.push_ends = asyncio.get_running_loop().create_future()
+
+    async def scenario(endpoint: FakeEndpoint, waiting: Waiting) -> None:
         assert endpoint.push_ends is not None
         if is_failed_first:
             await endpoint.arrive(failed(*ROWS))
         endpoint.push_ends.set_exception(ConnectionLost("gone"))
-        with pytest.raises(OutOfOrder if is_failed_first else ConnectionLost):
-            await waiting
+        failure = await failure_of(waiting)
+        assert isinstance(failure.cause, OutOfOrder if is_failed_first else ConnectionLost)
         await endpoint.arrive(failed(*ROWS))  # `run` would report an error that nobody took
 
-    async def main() -> None:
-        endpoint = FakeEndpoint()
-        endpoint.push_ends = asyncio.get_running_loop().create_future()
-        exchange = Exchange(cast(Endpoint, endpoint))
-        step = Step(ROWS, tensor(3))
-        waiting = asyncio.ensure_future(
-            exchange.step([SERVER], step, timeout_s=TIMEOUT_S, priority=Priority.DECODE)
-        )
-        await asyncio.sleep(0)
-        await scenario(endpoint, waiting)
-        assert not exchange._waiters
-
-    run(main())
+    with_step(scenario, prepare=prepare)
 
 
 def test_a_step_that_is_cancelled_leaves_no_waiter() -> None:
-    async def scenario(endpoint: FakeEndpoint, waiting: "asyncio.Task[tuple[Part, ...]]") -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: Waiting) -> None:
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
@@ -216,33 +313,135 @@ def test_a_step_that_is_cancelled_leaves_no_waiter() -> None:
     with_step(scenario)
 
 
-@pytest.mark.parametrize("kind", [output, failed])
-def test_in_a_chain_the_last_hop_answers_and_any_may_fail(
-    kind: Callable[..., Output | HopFailed],
+def test_in_a_chain_the_last_hop_answers() -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: Waiting) -> None:
+        await endpoint.arrive(output(*ROWS), sender=OTHER)
+        await asyncio.sleep(1.0)
+        assert not waiting.done()
+        await endpoint.arrive(output(*ROWS), sender=SERVER)
+        assert len(await waiting) == 1
+
+    with_step(scenario, hops=(OTHER, SERVER))
+
+
+@pytest.mark.parametrize("sender", [OTHER, SERVER])
+def test_in_a_chain_any_hop_may_fail(sender: PeerId) -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: Waiting) -> None:
+        await endpoint.arrive(failed(*ROWS), sender=sender)
+        assert (await failure_of(waiting)).peer == sender
+
+    with_step(scenario, hops=(OTHER, SERVER))
+
+
+def test_steps_of_two_sessions_do_not_meet() -> None:
+    async def main() -> None:
+        endpoint = FakeEndpoint()
+        exchange = Exchange(cast(Endpoint, endpoint))
+        theirs = (row(4), row(5))
+        both = [start(exchange), start(exchange, (OTHER,), theirs)]
+        await asyncio.sleep(0)
+        await endpoint.arrive(output(*ROWS), sender=OTHER)
+        await endpoint.arrive(failed(*ROWS, *theirs, error=BadRequest.code), sender=OTHER)
+        await endpoint.arrive(output(*ROWS), sender=SERVER)
+        first, second = await asyncio.gather(*both, return_exceptions=True)
+        assert isinstance(first, tuple)
+        assert isinstance(second, StepFailed)
+        assert isinstance(second.cause, BadRequest)
+
+    run(main())
+
+
+# --- who is told from outside ------------------------------------------------------------------
+
+
+def test_a_wait_can_be_ended_by_any_of_its_rows() -> None:
+    exchanges: list[Exchange] = []
+
+    async def scenario(endpoint: FakeEndpoint, waiting: Waiting) -> None:
+        (exchange,) = exchanges
+        exchange.fail([(row(9).session, 0)], Interrupted("another one"))
+        await asyncio.sleep(1.0)
+        assert not waiting.done()
+        keys = [(each.session, each.step) for each in ROWS[1:]]
+        exchange.fail(keys, Interrupted("the chain is being repaired"))
+        exchange.fail(keys, Interrupted("twice"))
+        with pytest.raises(Interrupted, match="repaired"):
+            await waiting
+
+    with_step(scenario, prepare=lambda endpoint, exchange: exchanges.append(exchange))
+
+
+def hedged(prepared_after_s: float | None, after_s: float = 1.0) -> tuple[Hedge, list[str]]:
+    """A hedge, and what it did; None: it is never ready."""
+    events: list[str] = []
+
+    async def prepare() -> None:
+        events.append("begun")
+        try:
+            await asyncio.sleep(prepared_after_s if prepared_after_s is not None else 1000.0)
+        except asyncio.CancelledError:
+            events.append("cancelled")
+            raise
+        events.append("ready")
+
+    return Hedge(after_s, prepare), events
+
+
+@pytest.mark.parametrize(
+    ("answer_at_s", "happened"),
+    [(0.5, []), (2.0, ["begun", "cancelled"]), (4.0, ["begun", "ready"])],
+)
+def test_a_hedge_begins_after_its_time_and_ends_the_wait_when_it_is_ready(
+    answer_at_s: float, happened: list[str]
 ) -> None:
     async def main() -> None:
         endpoint = FakeEndpoint()
         exchange = Exchange(cast(Endpoint, endpoint))
-        waiting = asyncio.ensure_future(
-            exchange.step(
-                [OTHER, SERVER],
-                Step(ROWS, tensor(3)),
-                timeout_s=TIMEOUT_S,
-                priority=Priority.DECODE,
-            )
-        )
-        await asyncio.sleep(0)
-        await endpoint.arrive(kind(*ROWS), sender=OTHER)
-        await endpoint.arrive(output(*ROWS), sender=SERVER)
+        hedge, events = hedged(prepared_after_s=2.0)
+        waiting = start(exchange, hedge=hedge)
+        await asyncio.sleep(answer_at_s)
+        await endpoint.arrive(output(*ROWS))
         (result,) = await asyncio.gather(waiting, return_exceptions=True)
-        assert isinstance(result, OutOfOrder if kind is failed else tuple)
+        assert isinstance(result, Interrupted if "ready" in happened else tuple)
+        assert events == happened
         assert not exchange._waiters
 
     run(main())
 
 
+def test_an_error_of_a_hedge_ends_the_step_and_is_not_lost() -> None:
+    async def main() -> None:
+        exchange = Exchange(cast(Endpoint, FakeEndpoint()))
+
+        async def prepare() -> None:
+            raise P2PLLMError("a bug")
+
+        with pytest.raises(P2PLLMError, match="a bug"):
+            await start(exchange, hedge=Hedge(1.0, prepare))
+        assert not exchange._waiters
+
+    run(main())
+
+
+# --- what sessions are told --------------------------------------------------------------------
+
+
+class Listener:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.echoes: list[tuple[PeerId, Output]] = []
+        self.leaving: list[tuple[PeerId, float]] = []
+
+    def on_echo(self, peer: PeerId, output: Output) -> None:
+        self.echoes.append((peer, output))
+
+    def on_leaving(self, peer: PeerId, deadline_s: float) -> None:
+        self.leaving.append((peer, deadline_s))
+
+
 def test_an_echo_answers_nothing() -> None:
-    async def scenario(endpoint: FakeEndpoint, waiting: "asyncio.Task[tuple[Part, ...]]") -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: Waiting) -> None:
         sent = output(*ROWS)
         await endpoint.arrive(replace(sent, is_echo=True))
         await asyncio.sleep(1.0)
@@ -253,28 +452,43 @@ def test_an_echo_answers_nothing() -> None:
     with_step(scenario)
 
 
-def test_steps_of_two_sessions_do_not_meet() -> None:
+def test_an_echo_goes_once_to_each_who_listens_for_one_of_its_sessions() -> None:
+    async def main() -> None:
+        endpoint, chain, other = FakeEndpoint(), Listener(), Listener()
+        exchange = Exchange(cast(Endpoint, endpoint))
+        for each in ROWS[:2]:
+            exchange.listen(each.session, chain)
+        exchange.listen(ROWS[2].session, other)
+        echo = replace(output(*ROWS), is_echo=True)
+        await endpoint.arrive(echo, sender=OTHER)
+        exchange.forget(ROWS[2].session)
+        await endpoint.arrive(echo)
+        assert chain.echoes == [(OTHER, echo), (SERVER, echo)]
+        assert other.echoes == [(OTHER, echo)]
+
+    run(main())
+
+
+def test_a_server_that_leaves_is_known_once_to_each_who_has_a_session_there() -> None:
+    async def main() -> None:
+        endpoint, chain, other = FakeEndpoint(), Listener(), Listener()
+        exchange = Exchange(cast(Endpoint, endpoint))
+        for each in ROWS[:2]:
+            exchange.listen(each.session, chain)
+        exchange.listen(ROWS[2].session, other)
+        await endpoint.arrive(Leaving((ROWS[0].session, ROWS[1].session), 30.0))
+        assert chain.leaving == [(SERVER, 30.0)]
+        assert other.leaving == []
+
+    run(main())
+
+
+def test_what_nobody_listens_for_is_no_harm() -> None:
     async def main() -> None:
         endpoint = FakeEndpoint()
         exchange = Exchange(cast(Endpoint, endpoint))
-        theirs = (row(4), row(5))
-        both = [
-            asyncio.ensure_future(
-                exchange.step(
-                    [peer],
-                    Step(rows, tensor(len(rows))),
-                    timeout_s=TIMEOUT_S,
-                    priority=Priority.DECODE,
-                )
-            )
-            for peer, rows in ((SERVER, ROWS), (OTHER, theirs))
-        ]
-        await asyncio.sleep(0)
-        await endpoint.arrive(output(*ROWS), sender=OTHER)
-        await endpoint.arrive(failed(*ROWS, *theirs, error=BadRequest.code), sender=OTHER)
-        await endpoint.arrive(output(*ROWS), sender=SERVER)
-        first, second = await asyncio.gather(*both, return_exceptions=True)
-        assert isinstance(first, tuple)
-        assert isinstance(second, BadRequest)
+        exchange.forget(ROWS[0].session)
+        await endpoint.arrive(replace(output(*ROWS), is_echo=True))
+        await endpoint.arrive(Leaving((ROWS[0].session,), 30.0))
 
     run(main())

@@ -11,7 +11,7 @@ import pytest
 from p2pllm.client.generate import Progress
 from p2pllm.client.model import Session, SwarmModel
 from p2pllm.config import ClientConfig
-from p2pllm.errors import BadRequest, ConfigError, LocalProtocolError
+from p2pllm.errors import ConfigError, LocalProtocolError
 from p2pllm.sim.loop import run
 from p2pllm.sim.swarm import SimServer, SimSwarm
 from p2pllm.spans import Span
@@ -154,7 +154,7 @@ def test_stepping_by_hand_past_the_end_fails_and_the_session_goes_on() -> None:
     async def use(swarm: SimSwarm, servers: list[SimServer], model: SwarmModel) -> None:
         async with model.session(max_tokens=64) as session:
             first = await session.step([1, 2, 3])
-            with pytest.raises(BadRequest):
+            with pytest.raises(ConfigError):
                 await session.step(range(70))
             assert session.position == len(session.token_ids) == 3
             session.rollback(2)

@@ -203,9 +203,7 @@ def test_without_patience_the_first_refusal_counts() -> None:
 def test_a_server_with_too_many_sessions_is_asked_again_but_not_hammered() -> None:
     async def use(swarm: SimSwarm, model: SwarmModel) -> None:
         opened: list[float] = []
-        route = await model.route(prompt_tokens=8, new_tokens=8)
-        chain = await model._chain(await model.view(), route)
-        request = chain.endpoint.request
+        request = model.endpoint.request
 
         async def counted(*args: Any, **options: Any) -> Any:
             if type(args[1]).__name__ == "Open":
@@ -213,10 +211,10 @@ def test_a_server_with_too_many_sessions_is_asked_again_but_not_hammered() -> No
             return await request(*args, **options)
 
         async with model.session(max_tokens=60):
-            chain.endpoint.request = counted  # type: ignore[method-assign]
+            model.endpoint.request = counted  # type: ignore[method-assign]
             with pytest.raises(Busy):
                 await model.generate("x", max_new_tokens=2).finish()
-            chain.endpoint.request = request  # type: ignore[method-assign]
+            model.endpoint.request = request  # type: ignore[method-assign]
         assert 5 <= len(opened) <= 20
 
     with_model(use, replace(LAB_SERVER, max_sessions=1), client=ClientConfig(patience_s=20.0))

@@ -135,6 +135,17 @@ def test_a_read_ends_with_the_answers_of_the_beta_closest() -> None:
     assert lookup.is_done
 
 
+def test_a_read_that_found_nothing_can_go_on_to_more_peers() -> None:
+    lookup = lookup_from(*map(peer, range(1, 9)), alpha=3, k=8, quorum=3)
+    for query in queries(lookup):
+        lookup.on_reply(query, [])
+
+    lookup.widen(5)
+
+    assert not lookup.is_done
+    assert [query.contact.id for query in queries(lookup)] == [4, 5, 6]
+
+
 def test_records_of_all_replies_are_merged_and_the_newest_of_each_slot_wins() -> None:
     other = Identity.from_seed(b"o" * 32)
     lookup = lookup_from(*map(peer, [1, 2, 3]))

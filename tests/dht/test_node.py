@@ -8,7 +8,7 @@ import pytest
 from p2pllm.addresses import Address
 from p2pllm.config import DhtConfig
 from p2pllm.dht.keys import key_of
-from p2pllm.dht.node import DhtNode
+from p2pllm.dht.node import YOUNG_S, DhtNode
 from p2pllm.dht.records import peer_key
 from p2pllm.errors import (
     BadRequest,
@@ -328,6 +328,34 @@ def test_what_is_withdrawn_is_gone_at_once_and_stays_gone() -> None:
         assert await first.get("presence", "model") == []
         await asyncio.sleep(60)
         assert await first.get("presence", "model") == []
+
+    in_swarm(scenario)
+
+
+def test_what_was_published_before_joining_is_stored_again_when_others_are_known() -> None:
+    async def scenario(swarm: DhtSwarm) -> None:
+        first = await grow(swarm, 5)
+        node = swarm.add()
+        publication = node.publish("test", "name", {"value": 1})
+        await asyncio.sleep(1)
+        num_replicas_alone = publication.num_replicas
+
+        await node.bootstrap([first.peer_id])
+        await asyncio.sleep(2)
+
+        assert (num_replicas_alone, publication.num_replicas) == (1, 6)
+
+    in_swarm(scenario)
+
+
+def test_in_a_young_swarm_everybody_is_found_though_closer_peers_have_come_since() -> None:
+    async def scenario(swarm: DhtSwarm) -> None:
+        await grow(swarm, 8)
+        await asyncio.sleep(YOUNG_S)
+
+        for node in swarm.nodes:
+            for other in swarm.nodes:
+                assert await node.find_peer(other.peer_id) is not None
 
     in_swarm(scenario)
 

@@ -129,6 +129,59 @@ def test_a_copy_that_does_not_fit_is_refused() -> None:
         make_cache().copy((1, 2, 3), (4, 5), 9)
 
 
+def test_tokens_go_on_in_another_cache_as_if_they_had_been_computed_there() -> None:
+    """Part by part, into pages of any order, in which an earlier session has left NaN."""
+    first, second = make_cache(), make_cache()
+    second._storage.fill_(math.nan)
+    sequence = Sequence((7, 2, 9))
+    attend(first, [(sequence, 0, new_tokens(6))], block=0)
+    attend(first, [(sequence, 6, new_tokens(1))], block=0)
+    moved = Sequence((30, 1, 20), sequence.qkv.clone())
+    for start, count in ((0, 3), (3, 2), (5, 2)):
+        values = first.export_tokens(sequence.pages, 0, 2, start, count)
+        assert values.shape == (2, *first.token_shape(count))
+        second.import_tokens(moved.pages, 0, start, values)
+    others = Sequence((5, 6, 8))
+    second.import_tokens(others.pages, 0, 0, values)
+    others.qkv = sequence.qkv[5:]
+    parts = [(moved, 7, new_tokens(1)), (others, 2, new_tokens(1))]
+    for (each, position, _), out in zip(parts, attend(second, parts, block=0), strict=True):
+        torch.testing.assert_close(out, each.expected(position, None))
+
+
+def test_some_blocks_of_a_cache_are_exported_and_no_other_changes() -> None:
+    cache = make_cache()
+    in_block = [Sequence((3, 1)), Sequence((3, 1))]
+    for block, sequence in enumerate(in_block):
+        attend(cache, [(sequence, 0, new_tokens(5))], block)
+    target = make_cache()
+
+    target.import_tokens((0, 4), 1, 0, cache.export_tokens((3, 1), 1, 1, 0, 5))
+
+    assert not target._storage[0].any()
+    moved = Sequence((0, 4), in_block[1].qkv.clone())
+    (out,) = attend(target, [(moved, 5, new_tokens(1))], block=1)
+    torch.testing.assert_close(out, moved.expected(5, None))
+
+
+def test_an_export_keeps_the_type_and_is_a_copy() -> None:
+    cache = make_cache(dtype=torch.bfloat16)
+    values = cache.export_tokens((0, 1), 0, 2, 0, 5)
+    cache._storage.fill_(1.0)
+
+    assert values.dtype is cache.dtype is torch.bfloat16
+    assert not values.any()
+    assert cache.token_bytes * 2 * 5 == values.nbytes
+
+
+def test_tokens_that_do_not_fit_their_pages_are_not_moved() -> None:
+    cache = make_cache()
+    with pytest.raises(LocalProtocolError):
+        cache.export_tokens((0, 1), 0, 2, 5, 4)
+    with pytest.raises(LocalProtocolError):
+        cache.import_tokens((0, 1), 0, 5, torch.zeros(2, *cache.token_shape(4)))
+
+
 def test_memory_is_what_the_pages_hold() -> None:
     assert make_cache().num_bytes == 2 * 2 * NUM_PAGES * PAGE * KV_HEADS * WIDTH * 4
 

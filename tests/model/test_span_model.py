@@ -19,7 +19,9 @@ from p2pllm.model.config import ModelConfig
 from p2pllm.model.edges import Edges
 from p2pllm.model.kv_cache import CacheRow, KVCache
 from p2pllm.model.span_model import SpanModel
+from p2pllm.model.tensor_io import decode_tensor, encode_tensor
 from p2pllm.spans import Span
+from p2pllm.wire.tensors import TensorCodec
 
 DEVICE = os.environ.get("P2PLLM_TEST_DEVICE", "cpu")
 PAGE = 8  # tokens: small, so that short sequences have many pages
@@ -224,6 +226,29 @@ def test_sub_spans_one_after_the_other_are_the_whole(llama: Model) -> None:
     assert_close(hidden, llama.reference_outputs(ids)[0][-1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sequence_whose_cache_was_moved_goes_on_to_the_last_bit(
+    llama: Model, dtype: torch.dtype
+) -> None:
+    """From a server of all blocks to one of some of them, over the wire's bytes."""
+    whole, part = llama.span_model(Span(0, 3), dtype), llama.span_model(Span(1, 3), dtype)
+    old, new = whole.make_cache(NUM_PAGES, PAGE), part.make_cache(NUM_PAGES, PAGE)
+    hidden = llama.edges.embed(some_ids(8)).to(dtype)
+    pages, moved = scattered(2)
+    entering = whole.forward(hidden, [CacheRow(pages, 0, LENGTH)], old, span=Span(0, 1))
+    whole.forward(entering[:-1], [CacheRow(pages, 0, LENGTH - 1)], old, span=Span(1, 3))
+    for start in range(0, LENGTH - 1, 10):
+        count = min(10, LENGTH - 1 - start)
+        wire = encode_tensor(old.export_tokens(pages, 1, 2, start, count), TensorCodec.RAW)
+        new.import_tokens(moved, 0, start, decode_tensor(wire))
+
+    last = entering[-1:]
+    stayed = whole.forward(last, [CacheRow(pages, LENGTH - 1, 1)], old, span=Span(1, 3))
+    gone_on = part.forward(last, [CacheRow(moved, LENGTH - 1, 1)], new)
+
+    assert gone_on.equal(stayed)
+
+
 def test_the_callers_hidden_states_are_not_changed(llama: Model) -> None:
     hidden = llama.edges.embed(some_ids(6))
     before = hidden.clone()
@@ -296,3 +321,29 @@ def test_a_missing_or_misshapen_tensor_is_named(llama: Model) -> None:
     wrong = weights | {"mlp.up_proj.weight": torch.zeros(2, 3)}
     with pytest.raises(CheckpointError, match=r"up_proj\.weight is \(2, 3\), not \(80, 48\)"):
         SpanModel.load(llama.config, Span(1, 2), [wrong], dtype=torch.float32)
+
+
+def test_blocks_that_are_loaded_already_are_shared_and_not_read(llama: Model) -> None:
+    ids = some_ids(9)
+    front = llama.span_model(Span(0, 2))
+    assert front.missing(Span(0, 3)) == [2]
+    whole = SpanModel.load(
+        llama.config,
+        Span(0, 3),
+        llama.block_weights(Span(2, 3)),
+        dtype=torch.float32,
+        device=DEVICE,
+        loaded=front,
+    )
+    assert whole._blocks[1] is front._blocks[1]
+    cache = whole.make_cache(NUM_PAGES, PAGE)
+    out = whole.forward(llama.edges.embed(ids), [CacheRow(scattered(1)[0], 0, LENGTH)], cache)
+    assert_close(out, llama.reference_outputs(ids)[0][-1])
+
+
+def test_blocks_that_are_forgotten_must_be_loaded_again(llama: Model) -> None:
+    blocks = llama.span_model(Span(0, 3))
+    blocks.forget_all_but(Span(1, 2))
+    assert blocks.missing(Span(0, 3)) == [0, 2]
+    blocks.forget_all_but(None)
+    assert blocks.missing(Span(0, 3)) == [0, 1, 2]

@@ -99,6 +99,14 @@ async def pair(made: World, config: NetConfig = CONFIG) -> tuple[Endpoint, Endpo
     return alice, bob
 
 
+async def connected_pair(made: World) -> tuple[Endpoint, Endpoint]:
+    """Two endpoints with a connection that the first has dialled."""
+    alice, bob = await pair(made)
+    await alice.connect(bob.peer_id, timeout_s=5)
+    await asyncio.sleep(0.1)  # the last message of the handshake is on its way
+    return alice, bob
+
+
 def forget_links(made: World, first: str, second: str) -> None:
     """As when a NAT between two hosts restarts: their links are dead, new ones are not."""
     made.network.partition(first, second)
@@ -116,6 +124,10 @@ def question(number: int = 0) -> FindNode:
 
 async def echo(request: Request[FindNode]) -> Message:
     return Nodes((request.message.target,))
+
+
+def now_s() -> float:
+    return asyncio.get_running_loop().time()
 
 
 async def never(request: Request[FindNode]) -> Message:
@@ -506,6 +518,239 @@ def test_a_push_leaves_a_suspected_connection_within_seconds() -> None:
     run(scenario())
 
 
+async def took_s(pushing: Awaitable[None], error: type[Exception]) -> float:
+    """After how many seconds a push has failed with this error."""
+    began = now_s()
+    with pytest.raises(error) as caught:
+        await pushing
+    assert caught.type is error
+    return now_s() - began
+
+
+def test_an_impatient_push_to_a_killed_peer_fails_after_one_refused_dial() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await pair(made)
+            await alice.connect(bob.peer_id, timeout_s=5)
+            made.network.kill("10.0.0.2")
+            push = alice.push(bob.peer_id, question(), timeout_s=60, is_patient=False)
+            # The reset takes one way, the refusal there and back.
+            assert await took_s(push, PeerUnreachable) == pytest.approx(0.030, abs=0.001)
+            push = alice.push(bob.peer_id, question(), timeout_s=60, is_patient=False)
+            assert await took_s(push, PeerUnreachable) == pytest.approx(0.020, abs=0.001)
+
+    run(scenario())
+
+
+def test_an_impatient_push_to_a_peer_that_hangs_is_given_back_and_dials_for_a_second() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await pair(made)
+            await alice.connect(bob.peer_id, timeout_s=5)
+            await asyncio.sleep(0.1)
+            made.network.partition("10.0.0.1", "10.0.0.2")
+            push = alice.push(bob.peer_id, question(), timeout_s=60, is_patient=False)
+            # Silence since 0.1 s ago, ping, suspicion; then the dial. The suspected connection,
+            # which a patient one would take after all, is not tried again.
+            assert await took_s(push, PeerUnreachable) == pytest.approx(2.9, abs=0.05)
+            push = alice.push(bob.peer_id, question(), timeout_s=60, is_patient=False)
+            assert await took_s(push, PeerUnreachable) == pytest.approx(1.0, abs=0.001)
+
+    run(scenario())
+
+
+def test_an_impatient_push_without_a_connection_waits_no_longer_than_allowed() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await pair(made)
+            made.network.kill("10.0.0.2", is_silent=True)
+            push = alice.push(bob.peer_id, question(), timeout_s=0.5, is_patient=False)
+            assert await took_s(push, DeadlineExceeded) == pytest.approx(0.5, abs=0.001)
+
+    run(scenario())
+
+
+def test_an_impatient_push_leaves_a_suspected_connection_by_its_one_dial() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await pair(made)
+            handled: list[Message] = []
+
+            async def take(request: Request[FindNode]) -> None:
+                handled.append(request.message)
+
+            bob.handle(FindNode, take)
+            await alice.connect(bob.peer_id, timeout_s=5)
+            await asyncio.sleep(0.1)
+            forget_links(made, "10.0.0.1", "10.0.0.2")
+            began = now_s()
+            await alice.push(bob.peer_id, question(3), timeout_s=60, is_patient=False)
+            assert now_s() - began < 2.2
+            assert handled == [question(3)]
+
+    run(scenario())
+
+
+def test_an_impatient_push_goes_over_another_connection_that_is_there() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await pair(made)
+            handled: list[Message] = []
+
+            async def take(request: Request[FindNode]) -> None:
+                handled.append(request.message)
+
+            bob.handle(FindNode, take)
+            await alice.connect(bob.peer_id, timeout_s=5)
+            await asyncio.sleep(0.1)
+            forget_links(made, "10.0.0.1", "10.0.0.2")
+            pushing = made.group.create_task(
+                alice.push(bob.peer_id, question(3), timeout_s=60, is_patient=False)
+            )
+            await asyncio.sleep(0.1)
+            bob.learn(alice.peer_id, alice.addresses)
+            await bob._reach(alice.peer_id, now_s() + 5)
+            made.network._hosts["10.0.0.2"]._listeners.clear()  # bob cannot be dialled
+            await pushing
+            assert handled == [question(3)]
+
+    run(scenario())
+
+
+def test_an_impatient_push_dials_once_only() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await pair(made)
+            num_handled = 0
+
+            async def cut(request: Request[FindNode]) -> None:
+                nonlocal num_handled
+                num_handled += 1
+                for channel in bob._all_channels():
+                    channel.fail(ConnectionLost("the test cuts it"))
+
+            bob.handle(FindNode, cut)
+            push = alice.push(bob.peer_id, question(), timeout_s=60, is_patient=False)
+            assert await took_s(push, ConnectionLost) < 0.1
+            assert num_handled == 1
+
+    run(scenario())
+
+
+def test_an_impatient_push_looks_a_peer_up_only_if_no_address_is_known() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            num_asked = 0
+            bob = await made.add(2)
+            bob.handle(FindNode, echo)
+
+            async def resolve(peer: PeerId) -> PeerRecord | None:
+                nonlocal num_asked
+                num_asked += 1
+                await asyncio.sleep(0.5)
+                return PeerRecord(peer, bob.addresses)
+
+            alice = await made.add(1, resolve=resolve)
+            await alice.push(bob.peer_id, question(), timeout_s=5, is_patient=False)
+            assert num_asked == 1
+            made.network.kill("10.0.0.2")
+            push = alice.push(bob.peer_id, question(), timeout_s=5, is_patient=False)
+            assert await took_s(push, PeerUnreachable) < 0.1
+            assert num_asked == 1
+
+    run(scenario())
+
+
+def test_an_impatient_push_does_not_wait_for_a_lookup_that_others_have_begun() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+
+            async def resolve(peer: PeerId) -> PeerRecord | None:
+                await asyncio.sleep(30)
+                return None
+
+            alice, bob = await made.add(1, resolve=resolve), await made.add(2)
+            alice.learn(bob.peer_id, bob.addresses)
+            made.network.kill("10.0.0.2")
+            asking = asyncio.ensure_future(alice.request(bob.peer_id, question(), timeout_s=60))
+            await asyncio.sleep(1)
+            push = alice.push(bob.peer_id, question(), timeout_s=60, is_patient=False)
+            assert await took_s(push, PeerUnreachable) == pytest.approx(0.020, abs=0.001)
+            with pytest.raises(PeerUnreachable):
+                await asking
+
+    run(scenario())
+
+
+def test_an_impatient_push_whose_dial_meets_a_dying_process_fails_at_once() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice = await made.add(1)
+            peer, host = identity_of(2).peer_id, made.network.host("10.0.0.2")
+
+            def die(link: Link) -> None:
+                listener.close()
+                link.abort()
+
+            listener = await host.listen("10.0.0.2", PORT, die)
+            alice.learn(peer, [Address("10.0.0.2", PORT)])
+            push = alice.push(peer, question(), timeout_s=60, is_patient=False)
+            assert await took_s(push, PeerUnreachable) < 0.05
+
+    run(scenario())
+
+
+def test_an_impatient_push_is_not_given_up_while_its_connection_is_being_replaced() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            low, high = ordered_identities()
+            alice, bob = await made.add(1, identity=high), await made.add(2, identity=low)
+            alice.learn(bob.peer_id, bob.addresses)
+            bob.learn(alice.peer_id, alice.addresses)
+            handled: list[Message] = []
+
+            async def take(request: Request[FindNode]) -> None:
+                handled.append(request.message)
+
+            bob.handle(FindNode, take)
+            dial = made.group.create_task(bob._reach(alice.peer_id, now_s() + 5))
+            await asyncio.sleep(0.025)
+            for end in made.network._ends[frozenset(("10.0.0.1", "10.0.0.2"))]:
+                if end.host == "10.0.0.2":  # the end of the handshake is late
+                    end.shaped.config = replace(LINE, delay_s=0.3)
+            # What alice dials is refused until then, since the dial of the lower PeerId wins.
+            await alice.push(bob.peer_id, question(3), timeout_s=5, is_patient=False)
+            assert handled == [question(3)]
+            assert await dial
+            assert [view.is_dialled for view in alice.connections()] == [False]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("is_patient", [True, False])
+def test_pushes_beyond_what_a_connection_takes_wait_and_arrive(is_patient: bool) -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await pair(made, replace(CONFIG, max_streams=8))
+            handled: list[Message] = []
+
+            async def slow(request: Request[FindNode]) -> None:
+                handled.append(request.message)
+                await asyncio.sleep(0.1)
+
+            bob.handle(FindNode, slow)
+            await alice.connect(bob.peer_id, timeout_s=5)
+            async with asyncio.TaskGroup() as group:
+                for number in range(40):
+                    push = alice.push(
+                        bob.peer_id, question(number), timeout_s=60, is_patient=is_patient
+                    )
+                    group.create_task(push)
+            assert len(handled) == 40
+
+    run(scenario())
+
+
 def test_pushes_of_one_peer_run_in_order() -> None:
     async def scenario() -> None:
         async with world() as made:
@@ -545,6 +790,342 @@ def test_a_peer_cannot_have_more_push_handlers_running_than_streams() -> None:
                     group.create_task(alice.push(bob.peer_id, question(number), timeout_s=60))
                     await asyncio.sleep(0.05)
             assert most == 8
+
+    run(scenario())
+
+
+# --- watching a peer -------------------------------------------------------------------------
+
+
+class Losses:
+    """What a watch has said, and when."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.errors: list[TransportError] = []
+
+    def __call__(self, error: TransportError) -> None:
+        self.times.append(now_s())
+        self.errors.append(error)
+
+
+def test_the_death_of_a_watched_peer_is_told_as_soon_as_its_connection_is_reset() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await connected_pair(made)
+            losses = Losses()
+            with alice.watch(bob.peer_id, losses):
+                await asyncio.sleep(3)
+                made.network.kill("10.0.0.2")
+                died_at = now_s()
+                await asyncio.sleep(20)
+            assert losses.times == [pytest.approx(died_at + 0.010, abs=1e-6)]
+            assert isinstance(losses.errors[0], ConnectionLost)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("idle_s", [0.1, 3.0])
+def test_the_silence_of_a_watched_peer_is_told_within_two_seconds_and_once(idle_s: float) -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await connected_pair(made)
+            await asyncio.sleep(idle_s)
+            made.network.kill("10.0.0.2", is_silent=True)
+            losses, began = Losses(), now_s()
+            with alice.watch(bob.peer_id, losses):
+                await asyncio.sleep(60)  # in which the connection is given up, too
+            (told_at,) = losses.times
+            assert told_at <= began + 2.0
+            assert isinstance(losses.errors[0], ConnectionLost)
+
+    run(scenario())
+
+
+def test_the_silence_of_a_peer_at_a_distance_is_told_after_four_round_trips() -> None:
+    async def scenario() -> None:
+        async with world(ShaperConfig(delay_s=0.2)) as made:
+            alice, bob = await connected_pair(made)
+            losses = Losses()
+            with alice.watch(bob.peer_id, losses):
+                await asyncio.sleep(5.3)
+                made.network.kill("10.0.0.2", is_silent=True)
+                died_at = now_s()
+                await asyncio.sleep(20)
+            (told_at,) = losses.times
+            assert died_at + 1.6 < told_at < died_at + 3.1  # a ping may be under way, or not
+
+    run(scenario())
+
+
+def test_a_peer_is_pinged_more_often_only_while_it_is_watched() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await connected_pair(made)
+            (channel,) = alice._all_channels()
+            mux = channel.connection.mux
+            assert mux is not None
+
+            async def pings_in(duration_s: float) -> int:
+                before = mux._heartbeat._nonce
+                await asyncio.sleep(duration_s)
+                return mux._heartbeat._nonce - before
+
+            assert await pings_in(60) <= 12
+            with alice.watch(bob.peer_id, Losses()), alice.watch(bob.peer_id, Losses()) as second:
+                second.close()
+                assert 55 <= await pings_in(60) <= 60
+            assert await pings_in(60) <= 12
+
+    run(scenario())
+
+
+def test_a_connection_that_is_made_during_a_watch_is_watched_too() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await pair(made)
+            losses = Losses()
+            with alice.watch(bob.peer_id, losses):
+                await asyncio.sleep(10)
+                assert losses.times == []  # nothing was there to be lost
+                await alice.connect(bob.peer_id, timeout_s=5)
+                await asyncio.sleep(3)
+                made.network.partition("10.0.0.1", "10.0.0.2")
+                died_at = now_s()
+                await asyncio.sleep(10)
+            (told_at,) = losses.times
+            assert told_at <= died_at + 2.0
+
+    run(scenario())
+
+
+def test_a_peer_that_recovers_and_is_lost_again_is_told_again() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await connected_pair(made)
+            bob.handle(FindNode, echo)
+            losses = Losses()
+            with alice.watch(bob.peer_id, losses):
+                for count in (1, 2):
+                    made.network.partition("10.0.0.1", "10.0.0.2")
+                    await asyncio.sleep(5)
+                    assert len(losses.times) == count
+                    assert not alice.is_connected(bob.peer_id)
+                    made.network.heal("10.0.0.1", "10.0.0.2")
+                    await asyncio.sleep(1)
+                    assert alice.is_connected(bob.peer_id)
+            await alice.request(bob.peer_id, question(), timeout_s=1)
+            assert len(alice.connections()) == 1
+
+    run(scenario())
+
+
+def test_a_peer_that_is_reached_again_and_lost_again_is_told_again() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await pair(made)
+            losses = Losses()
+            with alice.watch(bob.peer_id, losses):
+                for count in (1, 2):
+                    await alice.connect(bob.peer_id, timeout_s=5)
+                    await asyncio.sleep(0.1)
+                    for channel in bob._all_channels():
+                        channel.fail(ConnectionLost("the test cuts it"))
+                    await asyncio.sleep(1)
+                    assert len(losses.times) == count
+
+    run(scenario())
+
+
+def test_a_watch_that_begins_during_suspicion_hears_of_the_end() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await connected_pair(made)
+            early, late = Losses(), Losses()
+            with alice.watch(bob.peer_id, early):
+                made.network.kill("10.0.0.2", is_silent=True)
+                await asyncio.sleep(5)
+                with alice.watch(bob.peer_id, late):
+                    await asyncio.sleep(5)
+                    assert late.times == []
+                    await asyncio.sleep(10)
+            assert len(early.times) == 1
+            assert late.times == [pytest.approx(early.times[0] + 13.0, abs=0.1)]
+
+    run(scenario())
+
+
+def test_watches_of_one_peer_end_independently() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await connected_pair(made)
+            first, second, closed = Losses(), Losses(), Losses()
+            with alice.watch(bob.peer_id, first), alice.watch(bob.peer_id, second):
+                watch = alice.watch(bob.peer_id, closed)
+                watch.close()
+                watch.close()
+                made.network.kill("10.0.0.2", is_silent=True)
+                await asyncio.sleep(3)
+            assert len(first.times) == len(second.times) == 1
+            assert closed.times == []
+
+    run(scenario())
+
+
+def test_a_watch_may_be_closed_and_another_begun_from_inside_the_call() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await connected_pair(made)
+            second, third = Losses(), Losses()
+
+            def go_elsewhere(error: TransportError) -> None:
+                watches[0].close()
+                watches[1].close()
+                watches.append(alice.watch(bob.peer_id, third))
+
+            watches = [alice.watch(bob.peer_id, go_elsewhere), alice.watch(bob.peer_id, second)]
+            made.network.kill("10.0.0.2")
+            await asyncio.sleep(3)
+            assert second.times == third.times == []
+            watches[2].close()
+            assert bob.peer_id not in alice._watches
+
+    run(scenario())
+
+
+def test_an_error_in_a_callback_is_the_loops_and_keeps_nobody_from_hearing() -> None:
+    losses = Losses()
+
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await connected_pair(made)
+
+            def broken(error: TransportError) -> None:
+                raise ZeroDivisionError
+
+            with alice.watch(bob.peer_id, broken), alice.watch(bob.peer_id, losses):
+                made.network.kill("10.0.0.2")
+                await asyncio.sleep(1)
+            assert alice.connections() == ()
+
+    with pytest.raises(ZeroDivisionError):
+        run(scenario())
+    assert len(losses.times) == 1
+
+
+def test_a_lost_connection_beside_a_good_one_is_not_told() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await connected_pair(made)
+            bob.learn(alice.peer_id, alice.addresses)
+            await asyncio.sleep(20)
+            losses = Losses()
+            with alice.watch(bob.peer_id, losses):
+                forget_links(made, "10.0.0.1", "10.0.0.2")  # the old connection hears nothing
+                await bob._reach(alice.peer_id, now_s() + 5)
+                await asyncio.sleep(60)
+                assert len(alice.connections()) == 1
+                assert losses.times == []
+                made.network.kill("10.0.0.2")
+                await asyncio.sleep(1)
+                assert len(losses.times) == 1
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("lag_s", [0.0, 0.004, 0.009, 0.035])
+def test_of_two_connections_the_one_that_is_replaced_is_not_told(lag_s: float) -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            low, high = ordered_identities()
+            alice = await made.add(1, identity=low)
+            bob = await made.add(2, identity=high)
+            losses = Losses()
+            for endpoint, other in ((alice, bob), (bob, alice)):
+                endpoint.learn(other.peer_id, other.addresses)
+            with alice.watch(bob.peer_id, losses), bob.watch(alice.peer_id, losses):
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(bob.connect(alice.peer_id, timeout_s=5))
+                    await asyncio.sleep(lag_s)
+                    group.create_task(alice.connect(bob.peer_id, timeout_s=5))
+                await asyncio.sleep(5)
+                assert len(alice.connections()) == len(bob.connections()) == 1
+                assert losses.times == []
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("handshake_s", [0.5, 60.0])
+def test_a_goodbye_may_come_before_the_connection_that_replaces_it(handshake_s: float) -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await connected_pair(made)
+            bob.learn(alice.peer_id, alice.addresses)
+            await asyncio.sleep(20)  # so that nobody takes the dials for simultaneous
+            losses = Losses()
+            with alice.watch(bob.peer_id, losses):
+                again = made.group.create_task(bob._reach(alice.peer_id, now_s() + 5))
+                await asyncio.sleep(0.025)  # connected; the first message is on its way
+                ends = made.network._ends[frozenset(("10.0.0.1", "10.0.0.2"))]
+                for end in ends[2:]:
+                    if end.host == "10.0.0.2":
+                        end.shaped.config = replace(LINE, delay_s=handshake_s)
+                await again
+                left_at = now_s() + 0.010
+                await asyncio.sleep(0.1)
+                assert not alice.is_connected(bob.peer_id)
+                await asyncio.sleep(5)
+            if handshake_s < 1:
+                assert losses.times == []
+                assert len(alice.connections()) == 1
+            else:  # it does not come at all
+                assert losses.times == [pytest.approx(left_at + 1.0, abs=0.002)]
+
+    run(scenario())
+
+
+def test_a_connection_that_was_never_taken_is_no_loss() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice = await made.add(1, replace(CONFIG, max_connections=1))
+            bob, carol = await made.add(2), await made.add(3)
+            await alice.connect(bob.addresses[0], timeout_s=5)
+            alice.protect(bob.peer_id)  # there is no room for carol
+            carol.learn(alice.peer_id, alice.addresses)
+            losses = Losses()
+            with alice.watch(carol.peer_id, losses):
+                await carol._reach(alice.peer_id, now_s() + 5)
+                await asyncio.sleep(5)
+            assert alice.refused["connections"] == 1
+            assert losses.times == []
+
+    run(scenario())
+
+
+def test_a_watched_peer_that_says_goodbye_is_told_at_once() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await connected_pair(made)
+            await asyncio.sleep(1)
+            losses, began = Losses(), now_s()
+            with alice.watch(bob.peer_id, losses):
+                await made.stop(bob)
+                await asyncio.sleep(5)
+            assert losses.times == [pytest.approx(began + 0.010, abs=1e-3)]
+
+    run(scenario())
+
+
+def test_the_connection_of_a_watched_peer_is_not_closed_as_idle() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            alice, bob = await pair(made, replace(CONFIG, idle_close_s=60))
+            await alice.connect(bob.peer_id, timeout_s=5)
+            with alice.watch(bob.peer_id, Losses()), bob.watch(alice.peer_id, Losses()):
+                await asyncio.sleep(100)
+                assert alice.is_connected(bob.peer_id)
+            await asyncio.sleep(100)
+            assert alice.connections() == ()
 
     run(scenario())
 
@@ -606,6 +1187,26 @@ def test_a_peer_is_resolved_when_no_address_is_known_or_the_known_one_is_old() -
             assert await carol.connect(bob.peer_id, timeout_s=5) == bob.peer_id
             with pytest.raises(PeerUnreachable, match="no address"):
                 await alice.connect(identity_of(9).peer_id, timeout_s=5)
+
+    run(scenario())
+
+
+def test_an_impatient_ping_asks_nobody_where_else_a_peer_might_be() -> None:
+    async def scenario() -> None:
+        async with world() as made:
+            bob = await made.add(2)
+
+            async def resolve(peer: PeerId) -> PeerRecord | None:
+                await asyncio.sleep(1.0)  # a lookup among the living and the dead
+                return PeerRecord(peer, bob.addresses)
+
+            alice = await made.add(1, resolve=resolve)
+            alice.learn(bob.peer_id, [Address("10.0.0.2", 9)])
+            began = asyncio.get_running_loop().time()
+            with pytest.raises(PeerUnreachable, match="refused"):
+                await alice.ping(bob.peer_id, is_patient=False)
+            assert asyncio.get_running_loop().time() - began < 0.1
+            assert await alice.ping(bob.peer_id) == pytest.approx(0.020, abs=1e-3)
 
     run(scenario())
 

@@ -719,6 +719,20 @@ def test_a_silent_peer_is_suspected_within_two_seconds_of_a_request_and_dead_aft
     assert times[-1] == (CONFIG.dead_s, [PeerDead])
 
 
+def test_a_watched_peer_is_asked_for_signs_of_life_as_if_a_request_were_under_way() -> None:
+    client, _ = pair()
+    frames_of(client)
+    assert client.mux.next_timeout() == CONFIG.heartbeat_s
+    client.mux.is_watched = True
+    assert client.mux.next_timeout() == CONFIG.ping_after_silence_s
+    client.mux.on_timeout(1.0)
+    client.mux.on_timeout(2.0)
+    client.drain()
+    assert client.of(Suspected) == [Suspected()]
+    client.mux.is_watched = False
+    assert client.mux.next_timeout() == CONFIG.dead_s
+
+
 def test_a_suspected_peer_that_speaks_again_has_recovered() -> None:
     client, server = pair()
     client.open(deadline=100.0)

@@ -3,7 +3,7 @@
 import pytest
 
 from p2pllm.errors import RemoteProtocolError
-from p2pllm.net.path import FIRST_IN_FLIGHT, MIN_IN_FLIGHT, Path
+from p2pllm.net.path import FIRST_IN_FLIGHT, MAX_BANDWIDTH, MIN_IN_FLIGHT, Path
 
 
 def test_before_any_measurement_little_may_be_under_way() -> None:
@@ -50,6 +50,46 @@ def test_the_smallest_round_trip_is_forgotten_after_ten_seconds() -> None:
     assert path.rtt_s == 0.010
     path.on_rtt(0.030, now=11.0)
     assert path.rtt_s == 0.030
+
+
+# --- bandwidth: how long a message takes beyond the round trip ---------------------------------
+
+
+def test_a_burst_on_an_idle_path_shows_the_bandwidth_without_the_round_trip() -> None:
+    """16 KiB in 50 ms is a rate of 330 kB/s, on a path that carries ten times as much."""
+    path = Path()
+    path.on_rtt(0.045, now=0.0)
+    path.on_sent(16_384, 1.0, is_last=True)
+    path.on_received(16_384, 1.05)
+    assert path.rate is not None
+    assert path.rate < 400_000
+    assert path.bandwidth == pytest.approx(16_384 / 0.005)
+
+
+def test_small_messages_say_nothing_of_the_bandwidth() -> None:
+    path = Path()
+    path.on_rtt(0.045, now=0.0)
+    path.on_sent(500, 1.0, is_last=True)
+    path.on_received(500, 1.05)
+    assert path.bandwidth is None
+
+
+def test_a_burst_that_takes_no_time_has_a_large_but_finite_bandwidth() -> None:
+    path = Path()
+    path.on_rtt(0.05, now=0.0)
+    path.on_sent(16_384, 1.0, is_last=True)
+    path.on_received(16_384, 1.05)
+    assert path.bandwidth == pytest.approx(MAX_BANDWIDTH)
+
+
+def test_later_bursts_count_more_than_earlier_ones() -> None:
+    path = Path()
+    path.on_rtt(0.01, now=0.0)
+    for number, seconds in enumerate([0.01] * 10 + [0.1] * 30):
+        path.on_sent(100_000, 10.0 * number, is_last=True)
+        path.on_rtt(0.01, 10.0 * number)
+        path.on_received(path.sent, 10.0 * number + 0.01 + seconds)
+    assert path.bandwidth == pytest.approx(1e6, rel=0.01)
 
 
 @pytest.mark.parametrize("total", [501, 2000])

@@ -16,7 +16,8 @@ from p2pllm.identity import Identity
 from p2pllm.model.checkpoint import open_checkpoint
 from p2pllm.model.hub import DEFAULT_MODEL, resolve_model
 from p2pllm.net.tcp import TcpNetwork
-from p2pllm.server.server import BlockChoice, CheckpointSource, Server
+from p2pllm.server.server import BlockChoice, Server
+from p2pllm.server.source import CheckpointSource
 from p2pllm.spans import Span
 
 TICK_S = 0.01

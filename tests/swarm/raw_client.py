@@ -19,7 +19,17 @@ from p2pllm.sim.fake_model import WIDTH, FakeSpanModel
 from p2pllm.sim.swarm import PORT, SimServer, SimSwarm
 from p2pllm.spans import Span
 from p2pllm.tasks import task_group
-from p2pllm.wire.messages import Ack, HopFailed, Message, Numerics, Open, Output, Row, Step
+from p2pllm.wire.messages import (
+    Ack,
+    HopFailed,
+    Leaving,
+    Message,
+    Numerics,
+    Open,
+    Output,
+    Row,
+    Step,
+)
 from p2pllm.wire.tensors import TensorCodec, WireTensor
 
 TIMEOUT_S = 20.0
@@ -49,13 +59,14 @@ def expected(span: Span, hidden: Tensor, num_blocks: int = 4) -> Tensor:
 
 @dataclass
 class RawClient:
-    """An endpoint and what it was sent: outputs and failures, in order."""
+    """An endpoint and what it was sent: outputs, failures and notices, each in order."""
 
     endpoint: Endpoint
     server: PeerId
     swarm: SimSwarm
     outputs: list[Output] = field(default_factory=list)
     failures: list[HopFailed] = field(default_factory=list)
+    notices: list[Leaving] = field(default_factory=list)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -151,6 +162,10 @@ class RawClient:
         self.arrived.set()
         return Ack()
 
+    async def on_leaving(self, request: Request[Leaving]) -> Message:
+        self.notices.append(request.message)
+        return Ack()
+
 
 @asynccontextmanager
 async def raw_client(
@@ -164,6 +179,7 @@ async def raw_client(
     client = RawClient(endpoint, server.server.node.peer_id, swarm)
     endpoint.handle(Output, client.on_output)
     endpoint.handle(HopFailed, client.on_failed)
+    endpoint.handle(Leaving, client.on_leaving)
     endpoint.learn(client.server, server.server.node.addresses)
     async with task_group() as tasks:
         running = tasks.create_task(endpoint.run())
@@ -180,5 +196,6 @@ def assert_nothing_left(server: SimServer) -> None:
     assert server.num_free_pages == server.num_pages
     assert (len(service.sessions._kept), service.sessions._kept_bytes) == (0, 0)
     assert (len(worker._inputs), len(worker._scheduler), len(worker._held_bytes)) == (0, 0, 0)
-    assert (len(service._waiting), len(service._unsent), len(service._unsent_bytes)) == (0, 0, 0)
+    outbox = service._outbox
+    assert (len(service._admission), len(outbox), len(outbox._unsent_bytes)) == (0, 0, 0)
     assert not server.server.node.endpoint._protected

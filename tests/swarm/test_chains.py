@@ -1,30 +1,31 @@
 """Servers that push to each other: what a token costs, and what happens where a link is missing."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
 import pytest
 
+from p2pllm.client.generation import Generation
 from p2pllm.client.model import SwarmModel
+from p2pllm.client.results import GenerationResult, Recovered
 from p2pllm.client.session import CLOSE_TIMEOUT_S
 from p2pllm.config import ClientConfig, ShaperConfig
 from p2pllm.errors import (
     BadRequest,
     Busy,
-    DeadlineExceeded,
     LookupFailed,
-    P2PLLMError,
-    RequestFailed,
-    SessionUnknown,
+    NoRoute,
 )
 from p2pllm.identity import Identity
 from p2pllm.ids import PeerId
-from p2pllm.server import handlers
-from p2pllm.server.handlers import MAX_HOPS, NO_NEXT_HOP, SEND_TIMEOUT_S
+from p2pllm.server import outbox
+from p2pllm.server.handlers import MAX_HOPS
+from p2pllm.server.outbox import SEND_TIMEOUT_S, Asked, Outbox
+from p2pllm.server.successors import BROKEN_S, DIALS_AT_ONCE, NO_NEXT_HOP, REACH_TIMEOUT_S
 from p2pllm.sim.fake_model import WIDTH
-from p2pllm.sim.loop import run
+from p2pllm.sim.loop import WALL_EPOCH, run
 from p2pllm.sim.swarm import DEVICE_S, SimServer, SimSwarm
 from p2pllm.spans import Span
 from p2pllm.wire.messages import (
@@ -53,6 +54,7 @@ THIRDS = (Span(0, 2), Span(2, 4), Span(4, 6))
 HALVES = (Span(0, 2), Span(2, 4))
 WHOLE = Span(0, 4)
 ONE_WAY_S = 0.05
+RECORDS_SPREAD_S = 2.0  # a server begins to serve before all have its peer record
 PROMPT = "hello"
 TOKENS = (b"1" * 16, b"2" * 16)  # push tokens of the first and the second hop
 
@@ -65,13 +67,15 @@ def with_model(
     settings: ClientConfig | None = None,
     *,
     device_s: float = DEVICE_S,
+    spans: Sequence[Span] = THIRDS,
     prepare: Callable[[SimSwarm, list[SimServer]], None] = lambda swarm, servers: None,
 ) -> None:
-    """Run `use` with three servers and a client that joins after `prepare`."""
+    """Run `use` with servers of these spans and a client that joins after `prepare`."""
 
     async def main() -> None:
         async with SimSwarm(num_blocks=6) as swarm:
-            servers = [await swarm.add_server(span, device_s=device_s) for span in THIRDS]
+            servers = [await swarm.add_server(span, device_s=device_s) for span in spans]
+            await asyncio.sleep(RECORDS_SPREAD_S)
             prepare(swarm, servers)
             async with swarm.client(settings) as model:
                 await use(swarm, servers, model)
@@ -92,6 +96,7 @@ async def seconds_per_token(is_chained: bool) -> float:
     async with SimSwarm(num_blocks=6, line=ShaperConfig(delay_s=ONE_WAY_S)) as swarm:
         for span in THIRDS:
             await swarm.add_server(span)
+        await asyncio.sleep(RECORDS_SPREAD_S)
         async with swarm.client(ClientConfig(is_chained=is_chained)) as model:
             (result,) = await model.generate(PROMPT, max_new_tokens=16).finish()
             assert result.token_ids == swarm.expected(PROMPT, 16)
@@ -152,7 +157,7 @@ def test_a_session_with_a_relayed_link_forks_steps_back_and_goes_on() -> None:
 @pytest.mark.parametrize("error", [None, LookupFailed("nobody answers")])
 def test_a_server_without_a_known_record_is_relayed_to(error: LookupFailed | None) -> None:
     async def use(swarm: SimSwarm, servers: list[SimServer], model: SwarmModel) -> None:
-        find = model._find_record
+        find = model.routes._find_record
 
         async def find_others(peer: PeerId) -> object:
             if peer != servers[1].server.node.peer_id:
@@ -161,8 +166,23 @@ def test_a_server_without_a_known_record_is_relayed_to(error: LookupFailed | Non
                 raise error
             return None
 
-        model._find_record = find_others  # type: ignore[assignment]
+        model.routes._find_record = find_others  # type: ignore[assignment]
         assert await answer(model) == (swarm.expected(PROMPT, 8), [1, 2])
+
+    with_model(use)
+
+
+def test_a_record_that_was_not_found_is_looked_for_again_for_the_next_route() -> None:
+    async def use(swarm: SimSwarm, servers: list[SimServer], model: SwarmModel) -> None:
+        find = model.routes._find_record
+
+        async def find_none(peer: PeerId) -> None:
+            return None
+
+        model.routes._find_record = find_none
+        assert await answer(model) == (swarm.expected(PROMPT, 8), [1, 1, 1])
+        model.routes._find_record = find
+        assert await answer(model) == (swarm.expected(PROMPT, 8), [3])
 
     with_model(use)
 
@@ -172,90 +192,150 @@ def test_no_record_at_all_is_a_relaying_client() -> None:
         async def find_none(peer: PeerId) -> None:
             return None
 
-        model._find_record = find_none
+        model.routes._find_record = find_none
         assert await answer(model) == (swarm.expected(PROMPT, 8), [1, 1, 1])
+
+    with_model(use)
+
+
+def test_a_link_that_breaks_is_relayed_from_then_on() -> None:
+    """Both of its ends are there, so nobody is replaced, and nobody is to blame."""
+
+    async def use(swarm: SimSwarm, servers: list[SimServer], model: SwarmModel) -> None:
+        async with model.session(max_tokens=64) as session:
+            await session.step(list(b"abc"))
+            swarm.internet.partition(servers[0].host, servers[1].host)
+            hops, started = session.chain.hops, asyncio.get_running_loop().time()
+            logits = await session.step(list(b"lo"))
+            assert asyncio.get_running_loop().time() - started <= SEND_TIMEOUT_S + 1.0
+            assert int(logits[-1].argmax()) == swarm.expected(list(b"abclo"), 1)[0]
+            assert session.chain.hops == hops
+            assert list(map(len, session.chain.segments)) == [1, 2]
+            view = model.tracker.view()
+            assert not any(map(view.is_penalised, view.servers))
+            assert session.token_ids == list(b"abclo")
 
     with_model(use)
 
 
 # --- servers that die --------------------------------------------------------------------------
 
+PATIENCE_S = 4.0
+NOTICED_S = 3.0  # a machine that dies: one second of silence, one of suspicion, and a probe
+OPEN_S = 3.0  # the attempt that is under way when patience ends may take so long
+MIDDLE_TWICE = (*THIRDS, THIRDS[1])
+NUM_TOKENS = 30
+
 
 async def killed_while_decoding(
     swarm: SimSwarm, servers: list[SimServer], model: SwarmModel, after_s: float, *, is_silent: bool
-) -> tuple[P2PLLMError, float]:
-    """Kill the middle hop that long after a decode step began; the error, and when it came."""
-    now = asyncio.get_running_loop().time
-    generation = model.generate(PROMPT, max_new_tokens=50)
-    async with generation:
-        await anext(generation)
-        ending = asyncio.ensure_future(generation.finish())
-        await asyncio.sleep(after_s)
-        assert not ending.done()
-        swarm.internet.kill(servers[1].host, is_silent=is_silent)
-        killed = now()
-        with pytest.raises(P2PLLMError) as caught:
-            await ending
-        took_s = now() - killed
+) -> tuple[Generation, "asyncio.Task[list[GenerationResult]]", SimServer]:
+    """Kill the middle hop that long after a decode step began; the generation goes on."""
+    generation = model.generate(PROMPT, max_new_tokens=NUM_TOKENS)
+    await anext(generation)
+    ending = asyncio.ensure_future(generation.finish())
+    await asyncio.sleep(after_s)
+    assert not ending.done()
+    assert generation.route is not None
+    middle = generation.route.hops[1].peer_id
+    (dying,) = (server for server in servers if server.server.node.peer_id == middle)
+    swarm.internet.kill(dying.host, is_silent=is_silent)
+    return generation, ending, dying
+
+
+async def assert_all_freed(servers: list[SimServer], dead: SimServer) -> None:
+    """Nothing is left at those that live, a moment later."""
     await asyncio.sleep(SEND_TIMEOUT_S + 1.0)
-    assert_nothing_left(servers[0])
-    assert_nothing_left(servers[2])
-    return caught.value, took_s
+    for server in servers:
+        if server is not dead:
+            assert_nothing_left(server)
 
 
 @pytest.mark.parametrize("is_silent", [False, True], ids=["process", "machine"])
 @pytest.mark.parametrize("after_ms", range(0, 26, 2))  # a token takes 24 ms
-def test_a_middle_hop_that_dies_ends_the_generation_and_frees_the_others(
-    is_silent: bool, after_ms: int
-) -> None:
+def test_a_generation_survives_a_middle_hop_that_dies(is_silent: bool, after_ms: int) -> None:
     async def use(swarm: SimSwarm, servers: list[SimServer], model: SwarmModel) -> None:
-        dead = servers[1].server.node.peer_id
-        exc, took_s = await killed_while_decoding(
+        now = asyncio.get_running_loop().time
+        killed = now() + after_ms / 1000
+        _, ending, dead = await killed_while_decoding(
             swarm, servers, model, after_ms / 1000, is_silent=is_silent
         )
-        assert f"next hop {dead.short}" in str(exc)
-        assert isinstance(exc, RequestFailed)
-        assert took_s <= SEND_TIMEOUT_S + CLOSE_TIMEOUT_S + 0.1
+        (result,) = await ending
+        assert result.token_ids == swarm.expected(PROMPT, NUM_TOKENS)
+        (recovery,) = result.recoveries
+        (replica,) = {servers[1], servers[3]} - {dead}
+        assert recovery.lost == ((dead.server.node.peer_id, THIRDS[1]),)
+        assert recovery.by == ((replica.server.node.peer_id, THIRDS[1]),)
+        assert now() - killed <= NOTICED_S + NUM_TOKENS * 0.03
+        await assert_all_freed(servers, dead)
 
-    with_model(use)
+    with_model(use, spans=MIDDLE_TWICE)
 
 
 @pytest.mark.parametrize("is_silent", [False, True], ids=["process", "machine"])
-def test_a_middle_hop_that_dies_with_a_token_is_noticed_by_the_steps_deadline(
+def test_a_middle_hop_that_dies_with_a_token_in_hand_is_noticed_all_the_same(
     is_silent: bool,
 ) -> None:
     """It has acknowledged the step, so the hop before knows nothing of it."""
-    settings = ClientConfig(step_timeout_s=10.0)
 
     async def use(swarm: SimSwarm, servers: list[SimServer], model: SwarmModel) -> None:
-        exc, took_s = await killed_while_decoding(
+        _, ending, dead = await killed_while_decoding(
             swarm, servers, model, 0.2 + 0.15, is_silent=is_silent
         )
-        assert isinstance(exc, DeadlineExceeded)
-        assert servers[1].server.node.peer_id.short in str(exc)
-        assert took_s <= settings.step_timeout_s + CLOSE_TIMEOUT_S
+        (result,) = await ending
+        assert result.token_ids == swarm.expected(PROMPT, NUM_TOKENS)
+        (recovery,) = result.recoveries
+        assert recovery.stall_s <= NOTICED_S
+        assert recovery.replayed_tokens <= len(PROMPT) + 2
+        await assert_all_freed(servers, dead)
 
-    with_model(use, settings, device_s=0.2)
+    with_model(use, spans=MIDDLE_TWICE, device_s=0.2)
 
 
-def test_a_hop_that_cannot_push_on_says_which_hop_is_lost() -> None:
+@pytest.mark.parametrize("is_silent", [False, True], ids=["process", "machine"])
+@pytest.mark.parametrize("after_ms", range(0, 26, 6))
+def test_without_a_replica_the_missing_blocks_are_waited_for_and_named(
+    is_silent: bool, after_ms: int
+) -> None:
     async def use(swarm: SimSwarm, servers: list[SimServer], model: SwarmModel) -> None:
-        async with model.session(max_tokens=64) as session:
-            await session.step(list(b"abc"))
-            swarm.internet.partition(servers[0].host, servers[1].host)
-            started = asyncio.get_running_loop().time()
-            with pytest.raises(RequestFailed, match=servers[1].server.node.peer_id.short):
-                await session.step(list(b"def"))
-            assert asyncio.get_running_loop().time() - started <= SEND_TIMEOUT_S + 1.0
-            swarm.internet.heal(servers[0].host, servers[1].host)
-            logits = await session.step(list(b"lo"))
-            assert session.token_ids == list(b"abclo")
-            assert int(logits[-1].argmax()) == swarm.expected(list(b"abclo"), 1)[0]
+        now = asyncio.get_running_loop().time
+        generation, ending, dead = await killed_while_decoding(
+            swarm, servers, model, after_ms / 1000, is_silent=is_silent
+        )
+        killed = now()
+        with pytest.raises(NoRoute, match="2:4") as caught:
+            await ending
+        assert caught.value.missing == ((2, 4),)
+        assert now() - killed <= NOTICED_S + PATIENCE_S + OPEN_S + CLOSE_TIMEOUT_S
+        saved = generation.export()
+        made = saved.token_ids[len(PROMPT) :]
+        assert made == swarm.expected(PROMPT, NUM_TOKENS)[: len(made)]
+        await assert_all_freed(servers, dead)
 
-    with_model(use)
+    with_model(use, ClientConfig(patience_s=PATIENCE_S, open_timeout_s=OPEN_S))
 
 
-def test_a_hop_that_forgot_the_session_ends_the_step_at_once() -> None:
+def test_a_server_that_comes_in_time_takes_over_and_what_was_saved_goes_on_elsewhere() -> None:
+    async def use(swarm: SimSwarm, servers: list[SimServer], model: SwarmModel) -> None:
+        generation, ending, dead = await killed_while_decoding(
+            swarm, servers, model, 0.01, is_silent=False
+        )
+        waited: list[object] = []
+        generation.on_event = waited.append
+        await asyncio.sleep(5.0)
+        assert not ending.done()
+        servers.append(await swarm.add_server(THIRDS[1]))
+        (result,) = await ending
+        assert result.token_ids == swarm.expected(PROMPT, NUM_TOKENS)
+        assert [type(event) for event in waited][-1:] == [Recovered]
+        async with model.resume(generation.export()) as session:
+            assert session.token_ids == list(PROMPT.encode()) + list(result.token_ids)
+        await assert_all_freed(servers, dead)
+
+    with_model(use, ClientConfig(patience_s=60.0))
+
+
+def test_a_hop_that_forgot_the_session_is_given_it_again_at_once() -> None:
     """Its own client it does not know any more: the hop before tells it."""
 
     async def use(swarm: SimSwarm, servers: list[SimServer], model: SwarmModel) -> None:
@@ -264,10 +344,11 @@ def test_a_hop_that_forgot_the_session_ends_the_step_at_once() -> None:
             service = servers[1].server.service
             (held,) = service.sessions
             service._close(held, held.client, held.epoch)
-            started = asyncio.get_running_loop().time()
-            with pytest.raises(SessionUnknown):
-                await session.step(list(b"def"))
+            started, hops = asyncio.get_running_loop().time(), session.chain.hops
+            logits = await session.step(list(b"lo"))
             assert asyncio.get_running_loop().time() - started < 1.0
+            assert int(logits[-1].argmax()) == swarm.expected(list(b"abclo"), 1)[0]
+            assert session.chain.hops == hops
 
     with_model(use)
 
@@ -389,18 +470,23 @@ def test_echoes_of_earlier_hops_are_marked_and_hold_their_outputs(
     with_raw_client(use)
 
 
-def test_a_generation_with_echoes_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Servers that echo unasked, too."""
-    emit = handlers.Service._emit
+@pytest.mark.parametrize("echo", list(Echo))
+def test_a_generation_gives_the_same_tokens_whatever_is_echoed(
+    echo: Echo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Servers may echo less than they are asked to; all goes on, with holes in the journals."""
+    emit = Outbox.emit
     echoes: list[Output] = []
 
-    def echoing(self: handlers.Service, session: object, output: Output, deadline: float) -> None:
-        if session.next_peer is not None:  # type: ignore[attr-defined]
-            session.request = replace(session.request, echo=Echo.ALL)  # type: ignore[attr-defined]
-            echoes.append(output)
-        emit(self, session, output, deadline)  # type: ignore[arg-type]
+    def emitting(self: Outbox, asked: Sequence[Asked], output: Output, deadline: float) -> None:
+        for session, _ in asked:
+            assert session.request.echo is Echo.ALL or session.request.echo is echo
+            session.request = replace(session.request, echo=echo)
+            if session.next_peer is not None:
+                echoes.append(output)
+        emit(self, asked, output, deadline)
 
-    monkeypatch.setattr(handlers.Service, "_emit", echoing)
+    monkeypatch.setattr(Outbox, "emit", emitting)
 
     async def use(swarm: SimSwarm, servers: list[SimServer], model: SwarmModel) -> None:
         assert await answer(model) == (swarm.expected(PROMPT, 8), [3])
@@ -444,7 +530,7 @@ def test_rewiring_changes_where_outputs_go() -> None:
 def test_what_cannot_be_sent_on_now_is_busy_and_can_be_asked_for_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(handlers, "MAX_UNSENT_BYTES", 4 * WIDTH)  # one token of float32
+    monkeypatch.setattr(outbox, "MAX_UNSENT_BYTES", 4 * WIDTH)  # one token of float32
 
     async def use(servers: list[SimServer], alice: RawClient) -> None:
         await open_chain(servers, alice)
@@ -506,14 +592,21 @@ def test_a_ring_of_hops_comes_to_an_end() -> None:
 MALLORY = Identity.from_seed(b"m" * 32)
 
 
-def forged(namespace: str = PEER_NAMESPACE, *, signer: Identity = MALLORY, **body: object) -> bytes:
-    """Mallory's peer record, as somebody signed it."""
+def forged(
+    namespace: str = PEER_NAMESPACE,
+    *,
+    signer: Identity = MALLORY,
+    whose: Identity = MALLORY,
+    age_s: float = 0.0,
+    **body: object,
+) -> bytes:
+    """Mallory's peer record, as somebody signed it, that long before the test begins."""
     return make_record(
         namespace,
         b"k" * 32,
-        MALLORY.peer_id,
+        whose.peer_id,
         seq=1,
-        issued=1.0,
+        issued=WALL_EPOCH - age_s,
         expires=2.0**39,
         body={"addresses": ["10.0.0.99:31337"], "public": True, **body},
         sign=signer.sign,
@@ -527,6 +620,8 @@ def forged(namespace: str = PEER_NAMESPACE, *, signer: Identity = MALLORY, **bod
         forged()[:-1],
         forged() + b"\x00",
         forged(signer=Identity.from_seed(b"o" * 32)),
+        forged(age_s=1000.0),
+        forged(age_s=-1000.0),
         forged(PRESENCE_NAMESPACE),
         forged(addresses="10.0.0.99:31337"),
         forged(addresses=["nowhere"]),
@@ -538,6 +633,8 @@ def forged(namespace: str = PEER_NAMESPACE, *, signer: Identity = MALLORY, **bod
         "cut",
         "longer",
         "signature",
+        "expired",
+        "future",
         "namespace",
         "text",
         "address",
@@ -577,9 +674,67 @@ def test_a_successor_that_never_answers_costs_a_bounded_time_and_is_said_so() ->
         opened = await ask(alice, servers[0], request)
         assert isinstance(opened, Opened)
         assert opened.next_rtt_s == NO_NEXT_HOP
-        assert asyncio.get_running_loop().time() - started <= handlers.REACH_TIMEOUT_S + 0.1
+        assert asyncio.get_running_loop().time() - started <= REACH_TIMEOUT_S + 0.1
         await alice.push([row(0, 0)])
         await alice.answered(1)
         assert alice.failures[0].next_hop == MALLORY.peer_id.key
+
+    with_raw_client(use)
+
+
+def test_a_successor_that_was_not_reached_is_not_waited_for_again_soon() -> None:
+    async def use(servers: list[SimServer], alice: RawClient) -> None:
+        now = asyncio.get_running_loop().time
+        request = replace(alice.opening(), span=HALVES[0], next_hop=forged())
+        for pause_s, costs in ((0.0, True), (0.0, False), (BROKEN_S, True)):
+            await asyncio.sleep(pause_s)
+            started = now()
+            opened = await ask(alice, servers[0], request)
+            assert isinstance(opened, Opened)
+            assert opened.next_rtt_s == NO_NEXT_HOP
+            assert (now() - started > REACH_TIMEOUT_S / 2) is costs
+
+    with_raw_client(use)
+
+
+def test_a_client_makes_a_server_dial_so_many_peers_and_no_more() -> None:
+    async def use(servers: list[SimServer], alice: RawClient) -> None:
+        await open_chain(servers, alice)
+        endpoint = servers[0].server.node.endpoint
+        dialled: list[PeerId] = []
+        ping = endpoint.ping
+
+        async def counted(peer: PeerId, *, timeout_s: float) -> float:
+            dialled.append(peer)
+            return await ping(peer, timeout_s=0.01)
+
+        endpoint.ping = counted  # type: ignore[method-assign,assignment]
+        for number in range(DIALS_AT_ONCE + 5):
+            someone = Identity.from_seed(bytes([number, 200]) * 16)
+            record = forged(signer=someone, whose=someone)
+            request = replace(alice.opening(), span=HALVES[0], next_hop=record)
+            await ask(alice, servers[0], request)
+        assert len(dialled) == DIALS_AT_ONCE
+        endpoint.ping = ping  # type: ignore[method-assign]
+        connected = Rewire(ONE, 0, await record_of(servers[1], servers[0]), TOKENS[1])
+        opened = await ask(alice, servers[0], connected)
+        assert isinstance(opened, Opened)
+        assert opened.next_rtt_s > 0
+
+    with_raw_client(use)
+
+
+def test_an_old_record_of_a_peer_that_is_connected_will_do() -> None:
+    async def use(servers: list[SimServer], alice: RawClient) -> None:
+        await open_chain(servers, alice)
+        record = await record_of(servers[1], servers[0])
+        await asyncio.sleep(900.0)
+        assert servers[0].server.node.endpoint.is_connected(servers[1].server.node.peer_id)
+        base = alice.opening(TWO)
+        opened = await ask(
+            alice, servers[0], replace(base, span=HALVES[0], next_hop=record, next_token=TOKENS[1])
+        )
+        assert isinstance(opened, Opened)
+        assert opened.next_rtt_s > 0
 
     with_raw_client(use)

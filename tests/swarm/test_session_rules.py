@@ -24,9 +24,9 @@ from p2pllm.errors import (
 from p2pllm.identity import Identity
 from p2pllm.ids import ModelId
 from p2pllm.model.tensor_io import encode_tensor
-from p2pllm.server import handlers, sessions, worker
+from p2pllm.server import admission, outbox, sessions, worker
 from p2pllm.server.pages import PAGE_TOKENS
-from p2pllm.server.sessions import WINDOW
+from p2pllm.server.sessions import EVICT_IDLE_S, WINDOW
 from p2pllm.sim.fake_model import WIDTH
 from p2pllm.sim.loop import run
 from p2pllm.sim.swarm import LAB_SERVER, SimServer, SimSwarm
@@ -70,7 +70,7 @@ def with_clients(
                     table = server.server.service.sessions
                     held = tuple(s.id for s in table if s.client == client.peer_id)
                     await client.ask(Close(held, 2**31 - 1))
-            await asyncio.sleep(handlers.SEND_TIMEOUT_S + 1)
+            await asyncio.sleep(outbox.SEND_TIMEOUT_S + 1)
             assert_nothing_left(server)
 
     run(main())
@@ -580,7 +580,7 @@ def test_a_running_session_is_not_forked_and_nothing_is_reserved() -> None:
     async def scenario(server: SimServer, alice: RawClient, bob: RawClient) -> None:
         await alice.open(max_tokens=2000)
         await alice.push([row(0, 0, 2000)])
-        with pytest.raises(BadRequest):
+        with pytest.raises(Busy):
             await alice.ask(Fork(ONE, 0, TWO, 0))
         await alice.answered(1)
         for position, new in ((2001, TWO), (0, ONE)):
@@ -719,7 +719,7 @@ def test_kept_outputs_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_client_that_cannot_be_reached_costs_bounded_memory_and_hurts_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(handlers, "MAX_UNSENT_BYTES", 4 * WIDTH * 4)
+    monkeypatch.setattr(outbox, "MAX_UNSENT_BYTES", 4 * WIDTH * 4)
 
     async def scenario(server: SimServer, alice: RawClient, bob: RawClient) -> None:
         async def push_to(*args: object, **kwargs: object) -> None:
@@ -735,9 +735,9 @@ def test_a_client_that_cannot_be_reached_costs_bounded_memory_and_hurts_nobody(
         for step in range(10):
             await alice.push([row(step, step)])
             await bob.step(of(2, row(step, step)))
-        service = server.server.service
-        assert service._unsent_bytes[alice.peer_id] <= 4 * WIDTH * 4
-        assert service._unsent[alice.peer_id] == 4
+        unsent = server.server.service._outbox
+        assert unsent._unsent_bytes[alice.peer_id] <= 4 * WIDTH * 4
+        assert unsent._unsent[alice.peer_id] == 4
         assert len(bob.outputs) == 10
         for task in [t for t in asyncio.all_tasks() if "_counted" in repr(t.get_coro())]:
             task.cancel()
@@ -827,6 +827,64 @@ def test_an_idle_peer_over_quota_gives_way_to_who_waits() -> None:
     with_clients(scenario, FOUR_PAGES)
 
 
+def test_under_pressure_the_longest_idle_session_goes_whoever_has_it() -> None:
+    async def scenario(server: SimServer, alice: RawClient, bob: RawClient) -> None:
+        loop = asyncio.get_running_loop()
+        await alice.open(ONE, max_tokens=2 * PAGE_TOKENS)
+        await asyncio.sleep(3.0)
+        await alice.open(TWO, max_tokens=2 * PAGE_TOKENS)
+        started = loop.time()
+        await bob.open(THREE, wait_s=30.0)
+        assert EVICT_IDLE_S - 3.0 <= loop.time() - started <= EVICT_IDLE_S - 1.0
+        assert {session.id for session in server.server.service.sessions} == {TWO, THREE}
+        await alice.step(row())
+        assert alice.failures[0].error == SessionUnknown.code
+        await alice.open(ONE, epoch=1)  # its client builds it again
+        await alice.step(row(0, 0, 4, epoch=1))
+        assert alice.tensor().equal(expected(WHOLE, states(4)))
+
+    with_clients(scenario, replace(FOUR_PAGES, max_tokens_per_peer=4 * PAGE_TOKENS))
+
+
+def test_sessions_that_are_used_are_not_evicted() -> None:
+    async def scenario(server: SimServer, alice: RawClient, bob: RawClient) -> None:
+        await alice.open(max_tokens=4 * PAGE_TOKENS)
+        waiting = asyncio.ensure_future(bob.open(TWO, wait_s=40.0))
+        for step in range(15):
+            await asyncio.sleep(EVICT_IDLE_S / 4)
+            await alice.step(row(step, step))
+        assert not alice.failures
+        with pytest.raises(CacheFull):
+            await waiting
+
+    settings = replace(FOUR_PAGES, max_tokens_per_peer=4 * PAGE_TOKENS)
+    with_clients(scenario, settings)
+
+
+def test_nobody_is_evicted_for_one_who_would_hold_more_than_a_share() -> None:
+    async def scenario(server: SimServer, alice: RawClient, bob: RawClient) -> None:
+        await alice.open(max_tokens=2 * PAGE_TOKENS)
+        await bob.open(TWO, max_tokens=PAGE_TOKENS)
+        with pytest.raises(CacheFull):
+            await bob.open(THREE, max_tokens=3 * PAGE_TOKENS, wait_s=30.0)
+        assert server.server.service.sessions.get(ONE) is not None
+        await bob.open(THREE, max_tokens=2 * PAGE_TOKENS, wait_s=30.0)  # with its own pages
+        assert {session.id for session in server.server.service.sessions} == {ONE, THREE}
+
+    with_clients(scenario, replace(FOUR_PAGES, max_tokens_per_peer=2 * PAGE_TOKENS))
+
+
+def test_a_client_that_comes_back_within_the_lease_finds_its_session() -> None:
+    async def scenario(server: SimServer, alice: RawClient, bob: RawClient) -> None:
+        await alice.open()
+        await alice.step(row(0, 0, 5))
+        await asyncio.sleep(LAB_SERVER.lease_s - 1.0)
+        await alice.step(row(1, 5, 1))
+        assert alice.tensor().equal(expected(WHOLE, states(6))[5:])
+
+    with_clients(scenario)
+
+
 def test_two_peers_over_quota_do_not_block_each_other() -> None:
     """Four of twelve pages are free, both have more than a quarter, and want two."""
 
@@ -895,7 +953,7 @@ def test_a_waiting_open_ends_with_its_deadline() -> None:
         with pytest.raises(CacheFull):
             await bob.open(TWO, wait_s=5.0)
         assert loop.time() - started == pytest.approx(5.0, abs=0.1)
-        assert not server.server.service._waiting
+        assert not server.server.service._admission
 
     with_clients(scenario, FOUR_PAGES)
 
@@ -905,10 +963,10 @@ def test_an_open_that_is_cancelled_while_it_waits_leaves_nothing() -> None:
         await alice.open(max_tokens=256)
         waiting = asyncio.ensure_future(bob.open(TWO, wait_s=30.0))
         await asyncio.sleep(0.5)
-        assert len(server.server.service._waiting) == 1
+        assert len(server.server.service._admission) == 1
         waiting.cancel()
         await asyncio.sleep(0.5)
-        assert not server.server.service._waiting
+        assert not server.server.service._admission
         await alice.ask(Close((ONE,), 0))
         await asyncio.sleep(0.5)
         assert server.num_free_pages == server.num_pages
@@ -930,7 +988,7 @@ def test_one_session_opened_twice_at_once_is_one_session() -> None:
 
 
 def test_the_line_for_pages_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handlers, "MAX_WAITING_PER_PEER", 3)
+    monkeypatch.setattr(admission, "MAX_WAITING_PER_PEER", 3)
 
     async def scenario(server: SimServer, alice: RawClient, bob: RawClient) -> None:
         await alice.open(max_tokens=256)
@@ -1032,6 +1090,6 @@ def test_an_answer_that_comes_too_late_for_the_asker_is_an_error_of_its_own() ->
         with pytest.raises(DeadlineExceeded):
             await bob.ask(bob.opening(TWO, wait_s=30.0), timeout_s=2.0)
         await asyncio.sleep(0.5)
-        assert not server.server.service._waiting
+        assert not server.server.service._admission
 
     with_clients(scenario, FOUR_PAGES)

@@ -43,6 +43,8 @@ PRESENCE = Presence(
     rtts=((PeerId(b"p" * 32), 0.0125), (PeerId(b"q" * 32), 0.5)),
     public_name="Ada's GPU ✨",
     version="0.1.0",
+    next_span=Span(15, 25),
+    is_movable=True,
 )
 
 
@@ -81,6 +83,8 @@ def test_the_largest_presence_fits_a_record() -> None:
         rtts=((PeerId(b"p" * 32), 1e9),) * 20,
         public_name="ü" * 99,
         version="v" * 99,
+        next_span=Span(4001, 4096),
+        is_movable=True,
     )
     record = make_record(
         PRESENCE_NAMESPACE,

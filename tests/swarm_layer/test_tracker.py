@@ -21,6 +21,7 @@ from p2pllm.swarm.announcements import (
     presence_name,
 )
 from p2pllm.swarm.tracker import SwarmTracker, read_models
+from p2pllm.swarm.view import PENALTY_S
 from p2pllm.wire.messages import Numerics
 from p2pllm.wire.records import PRESENCE_NAMESPACE, Record, make_record
 
@@ -265,6 +266,23 @@ def test_an_unreachable_server_is_penalised_and_holds_up_nobody() -> None:
         assert view.is_penalised(view.by_peer[IDENTITIES[0].peer_id])
         assert view.by_peer[IDENTITIES[1].peer_id].rtt_s == 0.05
         assert swarm.pinged.count(IDENTITIES[0].peer_id) == 1  # left alone while penalised
+
+    run(scenario())
+
+
+def test_a_suspected_server_is_pinged_before_others_when_its_penalty_is_over() -> None:
+    async def scenario() -> None:
+        swarm = FakeSwarm(*["0:10", "10:20"] * 10)
+        tracker = swarm.tracker(replace(CONFIG, max_pings=1))
+        await tracker.refresh()
+        peer = next(p.peer_id for p in swarm.presences if p.peer_id not in swarm.pinged)
+        tracker.measurements.on_failure(peer, asyncio.get_running_loop().time())
+        await asyncio.sleep(PENALTY_S)
+        was_suspected = tracker.view().is_penalised(tracker.view().by_peer[peer])
+        await tracker.refresh()
+        assert swarm.pinged[-1] == peer
+        assert was_suspected
+        assert not tracker.view().is_penalised(tracker.view().by_peer[peer])
 
     run(scenario())
 

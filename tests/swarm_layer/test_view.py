@@ -8,11 +8,15 @@ from p2pllm.ids import ModelId, PeerId
 from p2pllm.spans import Span
 from p2pllm.swarm import view as view_module
 from p2pllm.swarm.announcements import Presence, ServerState
+from p2pllm.swarm.timings import SegmentStep
 from p2pllm.swarm.view import (
+    BROKEN_LINK_S,
     FRESH_LINK_S,
     FRESH_TIMING_S,
     MAX_PENALTY_S,
     PENALTY_S,
+    RTT_WINDOW_S,
+    SUSPECT_S,
     UNKNOWN_BANDWIDTH_BYTES_S,
     UNKNOWN_RTT_S,
     LinkSource,
@@ -20,7 +24,7 @@ from p2pllm.swarm.view import (
     SwarmView,
     build_view,
 )
-from p2pllm.wire.messages import Numerics
+from p2pllm.wire.messages import HopTiming, Numerics
 
 MODEL = ModelId(bytes(32), "tiny")
 A, B, C = (PeerId(letter * 32) for letter in (b"a", b"b", b"c"))
@@ -88,7 +92,8 @@ def test_a_round_trip_counts_in_both_directions() -> None:
     measurements.on_rtt(A, B, 0.1, NOW)
     view = a_view(replace(a_presence(A, "0:10"), rtts=((C, 0.2),)), measurements=measurements)
     assert (view.link(B, A).rtt_s, view.link(C, A).rtt_s) == (0.1, 0.2)
-    assert view.known_neighbours == {A: {B, C}, B: {A}, C: {A}}
+    neighbours = {peer: set(links) for peer, links in view.known_links.items()}
+    assert neighbours == {A: {B, C}, B: {A}, C: {A}}
 
 
 def test_an_unknown_link_is_estimated_from_the_distances_to_both_ends() -> None:
@@ -172,8 +177,24 @@ def test_long_steps_measure_prefill_and_short_ones_neither() -> None:
     on_step(measurements, num_tokens=5)
     on_step(measurements, num_tokens=48)
     server = a_view(a_presence(A, "0:10"), measurements=measurements).servers[0]
-    assert server.expected_prefill_tokens_s == pytest.approx(48 * 10 / 0.24)
+    # The announced line says 0.01 s + 47 × 0.246 s / 255 per block, and it took 0.024 s.
+    announced_s = 0.01 + 47 * 0.246 / 255
+    assert server.expected_prefill_tokens_s == pytest.approx(1000 * announced_s / 0.024)
     assert server.seconds_per_block_1 is None
+
+
+def test_a_step_of_a_prompt_lies_on_the_line_through_one_token_and_a_whole_chunk() -> None:
+    server = a_view(a_presence(A, "0:10")).servers[0]
+    assert server.prefill_block_s(1) == pytest.approx(0.01)
+    assert server.prefill_block_s(256) == pytest.approx(0.256)
+    assert server.prefill_block_s(511) == pytest.approx(0.502)
+
+
+def test_the_queue_is_that_of_decode_steps_for_the_chunks_of_a_prompt_wait_for_each_other() -> None:
+    measurements = Measurements()
+    on_step(measurements, num_tokens=256)
+    server = a_view(a_presence(A, "0:10"), measurements=measurements).servers[0]
+    assert server.expected_queue_s == 0.5
 
 
 def test_timings_are_forgotten_after_a_minute() -> None:
@@ -183,6 +204,73 @@ def test_timings_are_forgotten_after_a_minute() -> None:
     server = a_view(a_presence(A, "0:10"), measurements=measurements, now=later).servers[0]
     assert server.expected_queue_s == 0.5
     assert server.seconds_per_block_1 is None
+
+
+# --- steps through several hops --------------------------------------------------------------
+
+
+def a_step(*timings: HopTiming, num_tokens: int = 1, total_s: float = 0.5) -> SegmentStep:
+    return SegmentStep(
+        peers=(A, B),
+        spans=(Span(0, 10), Span(10, 20)),
+        batch=1,
+        num_tokens=num_tokens,
+        sent_at=NOW - total_s,
+        received_at=NOW,
+        timings=timings,
+        rtt_s=0.1,
+        rate_bytes_s=1e6,
+    )
+
+
+def test_a_step_teaches_every_hop_and_every_link() -> None:
+    measurements = Measurements()
+    timings = HopTiming(0.01, 0.1, 0.0, 0.2, 2e6), HopTiming(0.02, 0.05, 0.0, 0.3, 3e6)
+    measurements.on_segment(a_step(*timings), NOW)
+    view = a_view(a_presence(A, "0:10"), a_presence(B, "10:20"), measurements=measurements)
+    links = [view.link(*ends) for ends in ((None, A), (A, B), (B, None))]
+    assert [(link.rtt_s, link.bandwidth_bytes_s) for link in links] == [
+        (0.1, 1e6),
+        (0.2, 2e6),
+        (0.3, 3e6),
+    ]
+    assert [server.queue_s for server in view.servers] == [0.01, 0.02]
+    assert view.servers[1].seconds_per_block(1) == pytest.approx(0.005)
+
+
+def test_the_overhead_of_hops_is_what_decode_steps_took_beyond_all_that_is_known() -> None:
+    measurements = Measurements()
+    timings = HopTiming(0.0, 0.1, 0.0, 0.2), HopTiming(0.0, 0.08, 0.0, 0.3)
+    measurements.on_segment(a_step(*timings), NOW)
+    assert a_view(measurements=measurements).overhead_s == pytest.approx(0.01)
+    measurements.on_segment(a_step(*timings, num_tokens=100, total_s=0.52), NOW)
+    assert a_view(measurements=measurements).overhead_s == pytest.approx(0.01)
+
+
+def test_timings_that_are_not_one_per_hop_teach_nothing() -> None:
+    measurements = Measurements()
+    measurements.on_segment(a_step(HopTiming(0.0, 0.1, 0.0, 0.2)), NOW)
+    assert measurements.links(NOW) == {}
+
+
+def test_a_link_that_works_again_is_not_broken_any_more() -> None:
+    measurements = Measurements()
+    measurements.on_link_broken(A, B, NOW - 1)
+    timings = HopTiming(0.0, 0.1, 0.0, 0.2), HopTiming(0.0, 0.1, 0.0, 0.2)
+    measurements.on_segment(a_step(*timings), NOW)
+    assert not a_view(measurements=measurements).broken_links
+
+
+@pytest.mark.parametrize(
+    ("after_s", "expected"), [(0.0, 0.05), (RTT_WINDOW_S / 2, 0.05), (2 * RTT_WINDOW_S, 0.3)]
+)
+def test_the_smallest_round_trip_of_a_while_counts(after_s: float, expected: float) -> None:
+    measurements = Measurements()
+    for rtt_s in (0.2, 0.05, 0.4):
+        measurements.on_rtt(None, A, rtt_s, NOW)
+    measurements.on_rtt(None, A, 0.3, NOW + after_s)
+    view = a_view(a_presence(A, "0:10"), measurements=measurements, now=NOW + after_s)
+    assert view.client_rtt_s(A) == expected
 
 
 # --- penalties -------------------------------------------------------------------------------
@@ -214,15 +302,45 @@ def test_a_step_that_works_ends_the_doubling_but_not_the_running_penalty() -> No
     assert penalty(measurements) == PENALTY_S
 
 
-def test_a_penalty_ends_by_itself() -> None:
+def is_penalised(measurements: Measurements, after_s: float) -> bool:
+    view = a_view(a_presence(A, "0:10"), measurements=measurements, now=NOW + after_s)
+    return view.is_penalised(view.servers[0])
+
+
+def test_after_the_penalty_a_server_is_suspected_as_long_as_its_announcement_may_outlive_it() -> (
+    None
+):
     measurements = Measurements()
     measurements.on_failure(A, NOW)
-    soon, late = (
-        a_view(a_presence(A, "0:10"), measurements=measurements, now=NOW + seconds)
-        for seconds in (PENALTY_S - 1, PENALTY_S + 1)
-    )
-    assert soon.is_penalised(soon.servers[0])
-    assert not late.is_penalised(late.servers[0])
+    assert is_penalised(measurements, PENALTY_S - 1)
+    assert is_penalised(measurements, PENALTY_S + 1)
+    assert not is_penalised(measurements, SUSPECT_S + 1)
+
+
+def test_a_server_that_answers_is_not_suspected_any_more_but_its_penalty_runs() -> None:
+    measurements = Measurements()
+    measurements.on_failure(A, NOW)
+    measurements.on_rtt(None, A, 0.05, NOW + 1)
+    assert is_penalised(measurements, PENALTY_S - 1)
+    assert not is_penalised(measurements, PENALTY_S + 1)
+
+
+def test_what_a_third_one_measured_says_nothing_of_a_suspected_server() -> None:
+    measurements = Measurements()
+    measurements.on_failure(A, NOW)
+    measurements.on_rtt(B, A, 0.05, NOW + 1)
+    assert is_penalised(measurements, PENALTY_S + 1)
+
+
+def test_a_broken_link_penalises_neither_of_its_ends_and_is_forgotten() -> None:
+    measurements = Measurements()
+    measurements.on_link_broken(A, B, NOW)
+    presences = a_presence(A, "0:10"), a_presence(B, "10:20")
+    view = a_view(*presences, measurements=measurements)
+    later = a_view(*presences, measurements=measurements, now=NOW + BROKEN_LINK_S + 1)
+    assert view.broken_links == {(A, B)}
+    assert not any(map(view.is_penalised, view.servers))
+    assert not later.broken_links
 
 
 def test_a_full_cache_is_waited_for_and_no_failure() -> None:

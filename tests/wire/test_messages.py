@@ -29,16 +29,21 @@ from p2pllm.wire.messages import (
     FindNode,
     FindValue,
     Fork,
+    HandOver,
     HopFailed,
     HopTiming,
+    Leaving,
     Message,
     Nodes,
     Numerics,
     Open,
     Opened,
     Output,
+    Pages,
+    Pull,
     Rewire,
     Row,
+    Stay,
     Step,
     Store,
     Stored,
@@ -54,8 +59,8 @@ from p2pllm.wire.tensors import Compression, DType, TensorCodec, TensorHeader, W
 VECTORS = Path(__file__).resolve().parent.parent / "vectors" / "messages.json"
 
 SESSION, OTHER_SESSION = SessionId(b"s" * 16), SessionId(b"t" * 16)
-ROW = Row(SESSION, epoch=1, step=2, position=3, num_tokens=4, acked=1, tail=2)
-TIMING = HopTiming(0.25, 0.5, 1_800_000_000.0)
+ROW = Row(SESSION, epoch=1, step=2, position=3, num_tokens=4, acked=1, tail=2, first_step=2)
+TIMING = HopTiming(0.25, 0.5, 1_800_000_000.0, next_rtt_s=0.125, next_rate_bytes_s=1e6)
 TENSOR = WireTensor(
     TensorHeader(TensorCodec.RAW, Compression.NONE, DType.FLOAT32, (4, 2)), bytes(range(32))
 )
@@ -87,14 +92,30 @@ def examples() -> tuple[Message, ...]:
             codec=TensorCodec.INT8,
             is_compressed=True,
             wait_s=2.5,
+            source=b"signed too",
+            source_token=b"r" * 16,
+            source_position=300,
         ),
-        Opened(lease_s=60.0, position=7, next_rtt_s=0.03, numerics=Numerics("float32")),
+        Opened(60.0, position=7, next_rtt_s=0.03, numerics=Numerics("float32"), next_step=9),
         Step((ROW,), TENSOR, tokens=(b"p" * 16,), timings=(TIMING,), budget_s=9.5),
         Output((ROW,), TENSOR, timings=(TIMING, TIMING), is_echo=True),
-        HopFailed((ROW,), 3, "no pages", next_hop=b"signed", retry_after_s=2.0, expected=5),
+        HopFailed((ROW,), 3, "no", next_hop=b"peer", retry_after_s=2.0, expected=5, is_input=True),
         Rewire(SESSION, 2, next_hop=b"signed", next_token=b"n" * 16),
         Close((SESSION, OTHER_SESSION), epoch=3),
         Fork(SESSION, 3, OTHER_SESSION, position=64, push_token=b"p" * 16, next_token=b"n" * 16),
+        Leaving((SESSION, OTHER_SESSION), deadline_s=30.0),
+        HandOver(SESSION, 3, token=b"r" * 16),
+        Pull(
+            SESSION,
+            token=b"r" * 16,
+            model=ModelId(b"m" * 32, "smollm2-135m"),
+            numerics=Numerics("bfloat16", "int8", "float16"),
+            span=Span(10, 20),
+            start=64,
+            stop=300,
+        ),
+        Pages(position=64, num_tokens=4, checksum=2**32 - 1, tensor=TENSOR),
+        Stay(ModelId(b"m" * 32, "smollm2-135m"), Span(10, 20)),
     )
 
 
@@ -196,10 +217,12 @@ def test_nested_values_may_lack_the_items_that_have_defaults() -> None:
     example = examples()[11]
     body = body_of(example)
 
-    older = decode_message(with_body(example, body | {"rows": [body["rows"][0][:5]]}))
+    short = {"rows": [body["rows"][0][:5]], "timings": [body["timings"][0][:3]]}
+    older = decode_message(with_body(example, body | short))
 
     assert isinstance(older, Output)
-    assert older.rows == (replace(ROW, acked=-1, tail=0),)
+    assert older.timings == (replace(TIMING, next_rtt_s=0.0, next_rate_bytes_s=0.0),)
+    assert older.rows == (replace(ROW, acked=-1, tail=0, first_step=-1),)
 
 
 def test_nested_values_must_have_the_items_without_defaults() -> None:
@@ -416,6 +439,9 @@ MAY_BE_NEGATIVE = {  # None: any number; else the least
     ("34 Step", ("rows", 0, 5)): -1,
     ("35 Output", ("rows", 0, 5)): -1,
     ("36 HopFailed", ("rows", 0, 5)): -1,
+    ("34 Step", ("rows", 0, 7)): -1,
+    ("35 Output", ("rows", 0, 7)): -1,
+    ("36 HopFailed", ("rows", 0, 7)): -1,
 }
 
 

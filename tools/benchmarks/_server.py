@@ -23,7 +23,8 @@ from p2pllm.model.hub import DEFAULT_MODEL, resolve_model
 from p2pllm.model.kv_cache import KVCache, Rows
 from p2pllm.model.span_model import SpanCompute
 from p2pllm.net.tcp import TcpNetwork
-from p2pllm.server.server import BlockChoice, CheckpointSource, LoadProgress, Server
+from p2pllm.server.server import BlockChoice, Server
+from p2pllm.server.source import CheckpointSource, LoadProgress
 from p2pllm.spans import Span
 
 # Everything is on one host, which real swarms do not allow to fill a routing table.
@@ -54,12 +55,19 @@ class IdentitySpan:
     ) -> Tensor:
         return hidden.clone()
 
+    def forget_all_but(self, kept: Span | None) -> None:
+        pass  # there is nothing to forget
+
 
 class IdentitySource(CheckpointSource):
     """A checkpoint's identity without its blocks."""
 
     def load_span(
-        self, span: Span, settings: ServerConfig, on_progress: LoadProgress | None
+        self,
+        span: Span,
+        settings: ServerConfig,
+        on_progress: LoadProgress | None,
+        loaded: SpanCompute | None = None,
     ) -> SpanCompute:
         return IdentitySpan(self.config, span, settings.dtype)
 

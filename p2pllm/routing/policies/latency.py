@@ -1,6 +1,9 @@
 """The default policy: the route of least TTFT + new_tokens × TPOT.
 
-That is a cheapest path in the layered graph, but for one thing: a server holds one state per
+That is a cheapest path in the layered graph, but for two things. The chunks of a long prompt
+overlap between hops, which no sum over edges expresses: the search is made with weights that
+count all chunks and with such that count one (`CostModel.overlapped`), and the route with the
+shorter predicted time is taken. And a server holds one state per
 session, so it may stand in a route once, and a path may come back to it: out of a slow server
 with many blocks, into a fast one that has some of them, and back. Then the search branches. If A
 is left after block i and entered again at block j, a valid route uses A only before j, or only
@@ -14,7 +17,7 @@ from heapq import heappop, heappush
 
 from p2pllm.errors import LocalProtocolError
 from p2pllm.ids import PeerId
-from p2pllm.routing.costs import Candidate
+from p2pllm.routing.costs import Candidate, CostModel
 from p2pllm.routing.dijkstra import shortest_path
 from p2pllm.routing.graph import LayeredGraph
 from p2pllm.routing.policies.registry import Choice, RoutingProblem, register
@@ -34,14 +37,28 @@ class _Return:
 
 @register("latency")
 def choose_fastest(problem: RoutingProblem) -> list[Choice]:
-    """The hops of the best route."""
+    """The hops of the best route: of the two that the two kinds of weights lead to."""
+    routes = [_cheapest(problem, problem.costs)]
+    overlapped = problem.costs.overlapped()
+    if overlapped is not None:
+        routes.append(_cheapest(problem, overlapped))
+
+    def predicted_s(choices: Sequence[Choice]) -> float:
+        hops = [(candidate.server, part) for candidate, part in choices]
+        return problem.costs.objective_s(problem.costs.total(hops))
+
+    return min(routes, key=predicted_s)
+
+
+def _cheapest(problem: RoutingProblem, costs: CostModel) -> list[Choice]:
+    """The hops of a cheapest path by these weights."""
     found: list[tuple[float, int, Sequence[Candidate], list[Choice]]] = []
     branches: Iterator[Sequence[Candidate]] = iter([problem.candidates])
     num_searches = 0  # also orders the heap where costs are equal
     while True:
         for candidates in branches:
             num_searches += 1
-            graph = LayeredGraph(problem.costs, candidates, problem.span)
+            graph = LayeredGraph(costs, candidates, problem.span)
             path = shortest_path(graph.source, graph.target, graph.edges)
             if path is not None:
                 choices = [(candidates[index], span) for index, span in graph.hops(path[1])]

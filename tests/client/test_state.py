@@ -1,0 +1,389 @@
+"""What a client knows of a sequence: steps under way, journals, and where it goes back to."""
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from p2pllm.client.journal import JournalStore
+from p2pllm.client.spill import SpillFile
+from p2pllm.client.state import (
+    ECHOES_AWAITED,
+    FIRST_STEP,
+    Flight,
+    SessionState,
+    latest_known_hop,
+    part_of,
+)
+from p2pllm.ids import SessionId
+from p2pllm.model.tensor_io import decode_tensor, encode_tensor
+from p2pllm.wire.messages import Row
+from p2pllm.wire.tensors import TensorCodec, WireTensor
+
+NUM_HOPS = 3
+
+
+def new_state(number: int = 1, num_hops: int = NUM_HOPS) -> SessionState:
+    store = JournalStore(2**20, SpillFile)
+    journals = [store.journal() for _ in range(num_hops)]
+    tokens = [bytes([hop]) * 16 for hop in range(num_hops)]
+    return SessionState(SessionId(bytes([number]) * 16), 64, journals, tokens)
+
+
+def tensor(*values: float) -> WireTensor:
+    """Hidden states of width 2, one per token."""
+    return encode_tensor(torch.tensor([[float(v), 0.0] for v in values]), TensorCodec.RAW)
+
+
+def values(state: SessionState, hop: int, start: int = 0, stop: int | None = None) -> list[float]:
+    """What a journal holds of these tokens; by default, all from the first on."""
+    journal = state.journals[hop]
+    parts = journal.read(start, journal.known if stop is None else stop, 1000)
+    return [float(value) for part in parts for value in decode_tensor(part)[:, 0]]
+
+
+def depart(state: SessionState, *tokens: float, tail: int = 0) -> Row:
+    """Send a step with the next tokens."""
+    row = state.next_row(len(tokens), tail)
+    state.depart(Flight((row,), tensor(*tokens)), row)
+    return row
+
+
+# --- steps -------------------------------------------------------------------------------------
+
+
+def test_a_step_that_leaves_moves_the_state_on_and_is_in_the_first_journal() -> None:
+    state = new_state()
+
+    first, second = depart(state, 1, 2, 3), depart(state, 4, tail=1)
+
+    assert first == Row(state.id, 0, FIRST_STEP, 0, 3, FIRST_STEP - 1, 0)
+    assert second == Row(state.id, 0, FIRST_STEP + 1, 3, 1, FIRST_STEP - 1, 1)
+    assert (state.position, list(state.flights)) == (4, [FIRST_STEP, FIRST_STEP + 1])
+    assert values(state, 0) == [1, 2, 3, 4]
+    assert state.journals[1].known == 0
+
+
+def test_of_a_step_of_several_sequences_each_keeps_its_own_part() -> None:
+    one, two = new_state(1), new_state(2)
+    rows = (one.next_row(2, 0), two.next_row(3, 0))
+    flight = Flight(rows, tensor(1, 2, 7, 8, 9))
+
+    one.depart(flight, rows[0])
+    two.depart(flight, rows[1])
+
+    assert (values(one, 0), values(two, 0)) == ([1, 2], [7, 8, 9])
+    assert decode_tensor(part_of(rows, flight.tensor, rows[1]))[:, 0].tolist() == [7, 8, 9]
+    assert flight.num_tokens == 5
+
+
+def test_steps_are_acknowledged_up_to_the_oldest_under_way() -> None:
+    state = new_state()
+    assert state.acked == FIRST_STEP - 1
+
+    first, second, third = (depart(state, number) for number in range(3))
+    state.arrive(second)
+    assert state.acked == FIRST_STEP - 1
+    state.arrive(first)
+    assert state.acked == FIRST_STEP + 1
+    state.arrive(third)
+    assert state.acked == FIRST_STEP + 2
+
+
+def test_a_row_is_sent_again_under_its_number_with_what_is_new() -> None:
+    state = new_state()
+    first, second = depart(state, 1, 2), depart(state, 3, tail=1)
+    state.arrive(first)
+    state.epoch = 5
+
+    assert state.current(second) == Row(
+        state.id, 5, FIRST_STEP + 1, 2, 1, FIRST_STEP, 1, first_step=FIRST_STEP + 1
+    )
+
+
+def test_giving_up_goes_back_to_the_earliest_row_and_fences_it_off() -> None:
+    state = new_state()
+    rows = [depart(state, 1, 2, 3, 4), depart(state, 5, 6, 7, 8), depart(state, 9)]
+    state.arrive(rows[0])
+
+    for row in (rows[1], rows[2]):
+        state.give_up(row)
+
+    assert (state.position, state.epoch, state.next_step) == (4, 2, FIRST_STEP + 3)
+    assert not state.flights
+    assert values(state, 0) == [1, 2, 3, 4]
+    following = Row(state.id, 2, FIRST_STEP + 3, 4, 2, FIRST_STEP + 2, 0)
+    assert state.next_row(2, 0) == following
+
+
+def test_rolling_back_forgets_the_tokens_in_every_journal() -> None:
+    state = new_state()
+    row = depart(state, 1, 2, 3)
+    for hop in range(NUM_HOPS - 1):
+        state.on_echo(hop, row, tensor(10, 20, 30))
+    state.arrive(row)
+
+    state.rollback(1)
+
+    assert state.position == 1
+    assert [values(state, hop) for hop in range(NUM_HOPS)] == [[1], [10], [10]]
+
+
+def test_closing_a_state_frees_its_journals() -> None:
+    store = JournalStore(2**20, SpillFile)
+    state = SessionState(SessionId(b"1" * 16), 64, [store.journal()], [b""])
+    depart(state, 1, 2, 3)
+
+    state.close()
+
+    assert store.memory_bytes == 0
+
+
+# --- echoes ------------------------------------------------------------------------------------
+
+
+def test_a_hops_echo_is_the_next_ones_input() -> None:
+    state = new_state()
+    row = depart(state, 1, 2)
+
+    assert state.on_echo(0, row, tensor(10, 20))
+    assert state.on_echo(2, row, tensor(5, 5))  # the last hop's: nobody's input
+
+    assert [values(state, hop) for hop in range(NUM_HOPS)] == [[1, 2], [10, 20], []]
+
+
+def test_the_first_echo_of_a_token_counts() -> None:
+    state = new_state()
+    row = depart(state, 1, 2)
+    for value in (10, 99):
+        state.on_echo(0, row, tensor(value, value))
+    assert values(state, 1) == [10, 10]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"step": FIRST_STEP + 7}, {"position": 1}, {"num_tokens": 3}, {"step": 0}]
+)
+def test_an_echo_of_something_else_is_not_ours(changes: dict[str, int]) -> None:
+    state = new_state()
+    row = depart(state, 1, 2)
+    told = {"step": row.step, "position": 0, "num_tokens": 2, **changes}
+    other = Row(state.id, 0, told["step"], told["position"], told["num_tokens"])
+
+    assert not state.on_echo(0, other, tensor(*range(told["num_tokens"])))
+
+    assert state.journals[1].known == 0
+
+
+def test_an_echo_may_come_after_the_output_but_not_much_later() -> None:
+    state = new_state()
+    rows = [depart(state, number) for number in range(ECHOES_AWAITED + 1)]
+    for row in rows:
+        state.arrive(row)
+
+    assert not state.on_echo(0, rows[0], tensor(10))
+    assert state.on_echo(0, rows[1], tensor(11))
+
+
+def test_an_echo_of_a_step_that_was_given_up_is_not_ours() -> None:
+    state = new_state()
+    row = depart(state, 1, 2)
+    state.give_up(row)
+    assert not state.on_echo(0, row, tensor(10, 20))
+    assert state.journals[1].known == 0
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_a_late_echo_does_not_bring_back_what_was_rolled_back(position: int) -> None:
+    state = new_state()
+    row = depart(state, 1, 2, 3)
+    state.arrive(row)
+    state.rollback(position)
+    other = depart(state, *range(7, 10 - position))
+
+    state.on_echo(0, row, tensor(10, 20, 30))
+    state.on_echo(0, other, tensor(*range(70, 73 - position)))
+
+    assert values(state, 1, position, 3) == list(range(70, 73 - position))
+
+
+# --- what hops must hold -----------------------------------------------------------------------
+
+
+def test_hops_need_what_the_steps_under_way_do_not_bring() -> None:
+    state = new_state()
+    rows = [depart(state, 1, 2), depart(state, 3, 4, 5), depart(state, 6)]
+    state.arrive(rows[0])
+    assert [state.target(hop) for hop in range(NUM_HOPS)] == [2, 2, 2]
+
+    state.flights[rows[1].step].start = 2
+    state.flights[rows[2].step].start = 1
+
+    assert [state.target(hop) for hop in range(NUM_HOPS)] == [6, 5, 2]
+
+
+def test_without_steps_under_way_hops_need_all() -> None:
+    state = new_state()
+    state.arrive(depart(state, 1, 2))
+    assert [state.target(hop) for hop in range(NUM_HOPS)] == [2, 2, 2]
+
+
+def test_steps_are_sent_again_to_the_latest_hop_whose_input_is_known_of_all_rows() -> None:
+    one, two = new_state(1), new_state(2)
+    pairs = [(one, depart(one, 1, 2)), (two, depart(two, 3))]
+    assert latest_known_hop(pairs, NUM_HOPS) == 0
+
+    one.on_echo(0, pairs[0][1], tensor(10, 20))
+    assert latest_known_hop(pairs, NUM_HOPS) == 0
+    two.on_echo(0, pairs[1][1], tensor(30))
+    assert latest_known_hop(pairs, NUM_HOPS) == 1
+
+    for hop, (state, row) in enumerate(pairs):
+        state.on_echo(1, row, tensor(*range(row.num_tokens)))
+        assert latest_known_hop(pairs, NUM_HOPS) == 1 + hop
+    assert latest_known_hop(pairs, 2) == 1
+
+
+def test_an_input_is_known_if_all_of_its_tokens_are() -> None:
+    state = new_state()
+    row = depart(state, 1, 2, 3)
+    state.journals[1].put(0, tensor(10, 20))
+    assert not state.knows_input(1, row)
+    state.journals[1].put(2, tensor(30))
+    assert state.knows_input(1, row)
+    assert not state.knows_input(2, row)
+
+
+# --- other hops --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "stop", "num_new", "inputs"),
+    [
+        (0, 1, 1, [[1], [10], [20]]),
+        (1, 2, 1, [[1], [10], [20]]),
+        (2, 3, 1, [[1], [10], [20]]),
+        (1, 2, 2, [[1], [10], [91], [20]]),
+        (0, 1, 3, [[1], [91], [92], [10], [20]]),
+        (2, 3, 2, [[1], [10], [20], [91]]),
+        (0, 3, 1, [[1]]),
+        (0, 2, 1, [[1], [20]]),
+        (1, 3, 2, [[1], [10], [91]]),
+    ],
+)
+def test_hops_that_take_over_have_the_inputs_of_those_they_replace(
+    first: int, stop: int, num_new: int, inputs: list[list[float]]
+) -> None:
+    state = new_state()
+    row = depart(state, 1)
+    state.on_echo(0, row, tensor(10))
+    state.on_echo(1, row, tensor(20))
+    store = JournalStore(2**20, SpillFile)
+    journals = [store.journal() for _ in range(num_new - 1)]
+    for number, journal in enumerate(journals, 91):
+        journal.put(0, tensor(number))
+    tokens = [bytes([90 + number]) for number in range(num_new)]
+    old = list(state.push_tokens)
+
+    state.splice(first, stop, journals, tokens)
+
+    assert [values(state, hop) for hop in range(len(state.journals))] == inputs
+    assert state.push_tokens == [*old[:first], *tokens, *old[stop:]]
+
+
+def test_the_journals_of_hops_that_are_gone_are_freed() -> None:
+    store = JournalStore(2**20, SpillFile)
+    journals = [store.journal() for _ in range(NUM_HOPS)]
+    state = SessionState(SessionId(b"1" * 16), 64, journals, [b""] * NUM_HOPS)
+    for journal in journals:
+        journal.put(0, tensor(1, 2))
+
+    state.splice(0, 3, [], [b"new"])
+
+    assert store.memory_bytes == 2 * 2 * 4
+
+
+# --- whatever happens --------------------------------------------------------------------------
+
+
+class Life(RuleBasedStateMachine):
+    """A sequence whose tokens are numbers that never come twice; a hop adds 1000 to its input.
+
+    `text` is what the sequence is; echoes come in any order, late, twice, or never.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = new_state()
+        self.text: list[float] = []
+        self.sent: list[tuple[Row, list[float]]] = []  # all that was ever sent
+        self.under_way: list[Row] = []
+        self.last_epoch = 0
+
+    @rule(num_tokens=st.integers(1, 4))
+    def depart(self, num_tokens: int) -> None:
+        first = 1 + sum(len(tokens) for _, tokens in self.sent)
+        tokens = [float(number) for number in range(first, first + num_tokens)]
+        row = depart(self.state, *tokens)
+        self.sent.append((row, tokens))
+        self.under_way.append(row)
+        self.text += tokens
+
+    @precondition(lambda self: self.under_way)
+    @rule(choice=st.integers(0, 10))
+    def arrive(self, choice: int) -> None:
+        row = self.under_way.pop(choice % len(self.under_way))
+        self.state.arrive(row)
+
+    @precondition(lambda self: self.under_way)
+    @rule(choice=st.integers(0, 10))
+    def give_up(self, choice: int) -> None:
+        """As a chain does it: with a step fall those after it."""
+        choice %= len(self.under_way)
+        first = min(row.position for row in self.under_way[choice:])
+        for row in self.under_way[choice:]:
+            self.state.give_up(row)
+        del self.under_way[choice:]
+        del self.text[first:]
+
+    @precondition(lambda self: not self.under_way)
+    @rule(share=st.floats(0, 1))
+    def rollback(self, share: float) -> None:
+        position = int(share * len(self.text))
+        self.state.rollback(position)
+        del self.text[position:]
+
+    @precondition(lambda self: self.sent)
+    @rule(age=st.integers(0, 6), hop=st.integers(0, NUM_HOPS - 1))
+    def echo(self, age: int, hop: int) -> None:
+        row, tokens = self.sent[-1 - age % len(self.sent)]
+        self.state.on_echo(hop, row, tensor(*(1000 * (hop + 1) + token for token in tokens)))
+
+    @invariant()
+    def the_first_journal_is_the_text(self) -> None:
+        assert self.state.position == len(self.text)
+        assert values(self.state, 0) == self.text
+
+    @invariant()
+    def the_others_hold_nothing_that_is_not_of_the_text(self) -> None:
+        for hop in range(1, NUM_HOPS):
+            journal = self.state.journals[hop]
+            for position in range(len(self.text) + 5):
+                if journal.first_hole(position, position + 1) is None:
+                    wanted = [1000 * hop + self.text[position]]
+                    assert values(self.state, hop, position, position + 1) == wanted
+
+    @invariant()
+    def numbers_and_epochs_rise(self) -> None:
+        state = self.state
+        assert state.epoch >= self.last_epoch
+        self.last_epoch = state.epoch
+        assert list(state.flights) == sorted(state.flights)
+        assert state.acked < min((row.step for row in self.under_way), default=state.next_step)
+        assert state.next_step == FIRST_STEP + len(self.sent)
+        for hop in range(NUM_HOPS):
+            assert state.target(hop) <= state.position
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
