@@ -3,6 +3,10 @@
 `asyncio.TaskGroup` wraps whatever goes wrong into an ExceptionGroup, also what the body of its own
 `async with` raised. A user of the library who catches CacheFull should not have to look for it
 three groups deep, so all groups that a user's code runs inside of are made here.
+
+It has a fault, too: if a task fails while the group is waited for at its end, the parent stays
+counted as cancelled (`Task.cancelling`), and in early versions of Python 3.11 no `asyncio.timeout`
+in it ever ends with a TimeoutError again. So here tasks are waited for inside the body.
 """
 
 import asyncio
@@ -11,6 +15,20 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+class _Group(asyncio.TaskGroup):
+    """A TaskGroup that says which of its tasks are not done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pending: set[asyncio.Task[Any]] = set()
+
+    def create_task(self, *args: Any, **kwargs: Any) -> "asyncio.Task[Any]":
+        task = super().create_task(*args, **kwargs)
+        self.pending.add(task)
+        task.add_done_callback(self.pending.discard)
+        return task
 
 
 @asynccontextmanager
@@ -22,9 +40,11 @@ async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
     """
     error: BaseException | None = None
     try:
-        async with asyncio.TaskGroup() as tasks:
+        async with _Group() as tasks:
             try:
                 yield tasks
+                while tasks.pending:
+                    await asyncio.wait(tasks.pending)
             except asyncio.CancelledError:
                 raise
             except BaseException as exc:
@@ -55,11 +75,33 @@ async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
     The first to fail cancels the others, and its error is raised as it is.
     """
+    work = list(coroutines)
+    tasks = [asyncio.create_task(coroutine) for coroutine in work]  # this call owns them
+    done: set[asyncio.Task[T]] = set()
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(coroutine) for coroutine in coroutines]
-    except BaseExceptionGroup as errors:
-        first = errors.exceptions[0]
-    else:
-        return [task.result() for task in tasks]
-    raise first
+        if tasks:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await _all_done(tasks)
+    for task in tasks:
+        if task in done and not task.cancelled():
+            task.result()  # raises what the first one raised
+    return [task.result() for task in tasks]
+
+
+async def _all_done(tasks: Iterable["asyncio.Task[Any]"]) -> None:
+    """Wait for cancelled tasks, however often we are cancelled meanwhile."""
+    pending, is_cancelled = set(tasks), False
+    while pending:
+        try:
+            done, pending = await asyncio.wait(pending)
+        except asyncio.CancelledError:
+            is_cancelled = True
+            done, pending = pending, {task for task in pending if not task.done()}
+        for task in done - pending:
+            if not task.cancelled():
+                task.exception()  # the caller raises one, and the others are not left unread
+    if is_cancelled:
+        raise asyncio.CancelledError

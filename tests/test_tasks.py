@@ -1,7 +1,7 @@
 """Task groups that raise what went wrong, and not a group of it."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
 import pytest
@@ -157,5 +157,33 @@ def test_an_error_of_the_clean_up_is_raised() -> None:
     async def main() -> None:
         with pytest.raises(CacheFull):
             await to_the_end(fail(CacheFull("full")))
+
+    run(main())
+
+
+async def failing_group() -> None:
+    async with task_group() as tasks:
+        tasks.create_task(fail(CacheFull("full"), 0.01))
+
+
+async def failing_together() -> None:
+    await together([fail(CacheFull("full"), 0.01)])
+
+
+@pytest.mark.parametrize("failing", [failing_group, failing_together])
+def test_who_waited_for_a_task_that_failed_does_not_count_as_cancelled(
+    failing: Callable[[], Awaitable[None]],
+) -> None:
+    """Or its timeouts would not end with a TimeoutError."""
+
+    async def main() -> None:
+        with pytest.raises(CacheFull):
+            await failing()
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await asyncio.sleep(1.0)
 
     run(main())

@@ -9,13 +9,14 @@ by what came:
                                               link between the two is broken, and we relay it
     no answer within the step's deadline      the same, for the hop that the step has come to and
                                               the one before it: either may be to blame
+    a replacement does not get ready in time  it is *moved*: others are tried first, no penalty
     a hop says that the next one refuses      the next one is *behind* if that is what it says,
                                               else doubted
     a hop has lost the session or its place   it is behind: its cache is built again
     a hop answers nonsense or breaks down     it is lost: others do its part
     a hop speaks of one it does not push to   it is lost, too
     a hop finds its input wrong (NaN)         it is lost if we have seen that input, and it is good;
-                                              else it or the one before lies, and both are *moved*
+                                              else it or the one before lies, and both are moved
     a hop has no room                         others do its part, and it has not failed
     epoch or token do not fit                 it is doubted; all hops are told again
 
@@ -80,6 +81,8 @@ def _blame_step(found: Blame, failure: StepFailed, hops: Sequence[PeerId], reach
             found.lost.add(accuser)
         else:
             found.moved.update(hops[index - 1 : index + 1])
+    elif peer not in hops and isinstance(cause, DeadlineExceeded):
+        found.moved.add(peer)
     elif next_hop is None:
         _blame_peer(found, peer, cause)
     elif isinstance(cause, SessionUnknown | OutOfOrder):

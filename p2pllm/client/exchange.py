@@ -20,6 +20,7 @@ from typing import Protocol
 from p2pllm.client.state import FIRST_STEP
 from p2pllm.errors import (
     REQUEST_ERRORS,
+    ConnectionLost,
     DeadlineExceeded,
     P2PLLMError,
     RequestFailed,
@@ -210,6 +211,9 @@ class Exchange:
         priority: Priority,
     ) -> None:
         try:
+            for hop in hops:  # it was before we began to watch: nobody would tell us
+                if self._endpoint.is_suspected(hop):
+                    raise StepFailed(hop, ConnectionLost(f"{hop.short} has fallen silent"))
             await self._reach(hops[1:])
             await self._endpoint.push(
                 hops[0], step, timeout_s=timeout_s, priority=priority, is_patient=False

@@ -221,6 +221,7 @@ class Mover:
                     try:
                         await self._recovery.adopt(chain, [replacement])
                     except RETRIED as exc:
+                        self._recovery.release(chain)  # they are hops now, and may do more
                         await self._recovery.repair(chain, exc)
 
                 await chain.change(version, put_in)

@@ -92,6 +92,11 @@ class Connection:
         """When to call `on_timeout`; None during the handshake, whose time its owner limits."""
         return self.mux.next_timeout() if self.mux is not None else None
 
+    def on_timer_set(self, due: float) -> None:
+        """`on_timeout` will be called at that time, later than `next_timeout` has asked for."""
+        if self.mux is not None:
+            self.mux.on_timer_set(due)
+
     def on_timeout(self, now: float) -> None:
         """Carry out what is due."""
         if self.mux is not None:

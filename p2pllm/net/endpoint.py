@@ -247,9 +247,11 @@ class Endpoint:
         *,
         timeout_s: float,
         priority: Priority = Priority.CONTROL,
+        is_patient: bool = True,
     ) -> Message:
         """Ask and await the reply; dials if there is no connection.
 
+        With `is_patient` false it does not ask others for new addresses of the peer.
         Raises RequestFailed (the peer's ErrorReply), RemoteProtocolError for a reply that is
         none, and TransportError: PeerUnreachable, Refused (in both cases nothing was done),
         DeadlineExceeded, ConnectionLost (something may have been done).
@@ -257,7 +259,9 @@ class Endpoint:
         deadline = self._loop.time() + timeout_s
         buffers = self._framed(message)
         while True:
-            channel = self._best(peer) or await self._reach(peer, deadline)
+            channel = self._best(peer)
+            if channel is None:
+                channel = await self._reach(peer, deadline, is_brief=not is_patient)
             try:
                 reply = await channel.request(list(buffers), deadline, priority)
             except Refused:
@@ -391,6 +395,11 @@ class Endpoint:
     def is_connected(self, peer: PeerId) -> bool:
         """Is there a connection that takes requests?"""
         return self._best(peer) is not None
+
+    def is_suspected(self, peer: PeerId) -> bool:
+        """Has the peer been silent for too long on all connections to it?"""
+        channel = self._best(peer)
+        return channel is not None and channel.is_suspect
 
     def rtt_s(self, peer: PeerId) -> float | None:
         """The smallest recent round trip of the best connection; None if not measured."""

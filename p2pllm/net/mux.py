@@ -553,6 +553,10 @@ class Mux:
         self._timer_due = due
         return due
 
+    def on_timer_set(self, due: float) -> None:
+        """`on_timeout` will be called at that time, later than `next_timeout` has asked for."""
+        self._timer_due = due
+
     def on_timeout(self, now: float) -> None:
         """Carry out whatever is due; then look for frames and events. Early calls do no harm."""
         late_s = now - self._timer_due

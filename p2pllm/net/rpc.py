@@ -435,7 +435,10 @@ class Channel:
             if self._timer_due <= due:
                 return  # it looks again when it fires: cheaper than a new timer for every frame
             self._timer.cancel()
-        due = max(due, self._loop.time() + MIN_TIMER_S)
+        soonest = self._loop.time() + MIN_TIMER_S
+        if due < soonest:  # we have only now begun to wait: it is not the timer that is late
+            due = soonest
+            self.connection.on_timer_set(due)
         self._timer = self._loop.call_at(due, self._on_timer)
         self._timer_due = due  # uvloop's handles do not say when
 

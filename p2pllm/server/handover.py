@@ -9,14 +9,15 @@ missing. The old server goes on serving meanwhile: what a step has written stays
 the client itself rolls back.
 
 Both sides compute in the same types (`Numerics`), or the contents would mean something else. How
-many pull at once is bounded, at both ends, and each part is one short job of the device between
-two batches.
+many pull at once is bounded, at both ends, and fairly: a client whose reader is slow holds its own
+places, and leaves others theirs. Each part is one short job of the device between two batches.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 
 from p2pllm.errors import (
     BadRequest,
@@ -40,9 +41,50 @@ logger = logging.getLogger(__name__)
 
 PART_BYTES = 4 * 2**20  # of one `Pages`; copied in a millisecond or two
 MAX_PULLS = 4  # under way at once, given and taken each
+MAX_PULLS_EACH = 2  # of one client: a session that goes to two servers, or the next one's start
+PLACE_WAIT_S = 1.0  # then the client had better replay
 MAX_PULL_S = 60.0  # that one may take; a slow reader holds a place for no longer
 ATTEMPTS = 3  # that fail one after the other, without a token
 PAUSE_S = 0.2  # before the next one
+
+
+class Places:
+    """Who may pull now: a client's second pull must leave a place for another client."""
+
+    def __init__(self) -> None:
+        self._taken: Counter[PeerId] = Counter()
+        self._freed = asyncio.Event()
+
+    def __len__(self) -> int:
+        return self._taken.total()
+
+    def has_one(self, client: PeerId) -> bool:
+        """Is there a place for one more pull of this client's sessions?"""
+        mine = self._taken[client]
+        return len(self) + (mine > 0) < MAX_PULLS and mine < MAX_PULLS_EACH
+
+    @contextmanager
+    def taken(self, client: PeerId) -> Iterator[None]:
+        """Hold a place; raises Busy if there is none."""
+        if not self.has_one(client):
+            raise Busy("too many sessions are moving already", retry_after_s=PAUSE_S)
+        self._taken[client] += 1
+        try:
+            yield
+        finally:
+            self._taken -= Counter((client,))  # which also forgets those that have none
+            self._freed.set()
+            self._freed = asyncio.Event()
+
+    async def wait(self, client: PeerId, seconds: float) -> bool:
+        """Wait for a place; False if there is none by then."""
+        try:
+            async with asyncio.timeout(seconds):
+                while not self.has_one(client):
+                    await self._freed.wait()
+        except TimeoutError:
+            return False
+        return True
 
 
 class Giver:
@@ -59,7 +101,7 @@ class Giver:
         self._numerics = numerics
         self._sessions = sessions
         self._worker = worker
-        self._num_pulls = 0
+        self._places = Places()
 
     async def serve(self, request: Request[Pull]) -> AsyncGenerator[Message, None]:
         """The parts that are asked for, up to where the session has been computed."""
@@ -69,15 +111,10 @@ class Giver:
         if request.remaining_s(_now()) > MAX_PULL_S:
             raise BadRequest(f"a pull that may take longer than {MAX_PULL_S:.0f} s")
         session = self._sessions.on_pull(pull)
-        if self._num_pulls >= MAX_PULLS:
-            raise Busy(f"{MAX_PULLS} sessions are moving already", retry_after_s=PAUSE_S)
-        self._num_pulls += 1
-        try:
+        with self._places.taken(session.client):
             async with aclosing(self._parts(pull, session)) as parts:
                 async for part in parts:
                     yield part
-        finally:
-            self._num_pulls -= 1
 
     async def _parts(self, pull: Pull, session: Session[Output]) -> AsyncGenerator[Pages, None]:
         most = self._worker.tokens_in(PART_BYTES, pull.span)
@@ -111,20 +148,24 @@ class Taker:
         self._sessions = sessions
         self._worker = worker
         self._successors = successors
-        self._places = asyncio.Semaphore(MAX_PULLS)
+        self._places = Places()
 
     async def fetch(
         self, session: Session[Output], opening: Open, source: PeerId, deadline: float
     ) -> None:
         """Pull until the session has the tokens that `opening` says, or until something fails.
 
-        However it ends, the session's length says how far it came.
+        However it ends, the session's length says how far it came: nowhere, if no place was free.
         """
         started = _now()
-        deadline = min(deadline, started + MAX_PULL_S)
+        deadline, client = min(deadline, started + MAX_PULL_S), opening.client
+        if not await self._places.wait(client, min(PLACE_WAIT_S, deadline - started)):
+            logger.info("no place to pull id=%s client=%s", session.id, client.short)
+            return
         try:
-            async with asyncio.timeout_at(deadline), self._places:
-                await self._fetch(session, opening, source, deadline)
+            with self._places.taken(client):
+                async with asyncio.timeout_at(deadline):
+                    await self._fetch(session, opening, source, deadline)
         except TimeoutError:
             logger.info("pages late id=%s source=%s", session.id, source.short)
         logger.info(

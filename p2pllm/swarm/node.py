@@ -199,8 +199,9 @@ class _Rpc:
         self._endpoint = endpoint
 
     async def request(self, peer: PeerId, message: Message, *, timeout_s: float) -> Message:
+        # Patience would mean a lookup within a lookup, for the addresses of a peer that has died.
         return await self._endpoint.request(
-            peer, message, timeout_s=timeout_s, priority=Priority.CONTROL
+            peer, message, timeout_s=timeout_s, priority=Priority.CONTROL, is_patient=False
         )
 
     def learn(self, peer: PeerId, addresses: Sequence[Address]) -> None:

@@ -56,6 +56,11 @@ def test_a_hop_that_has_lost_the_session_or_its_place_is_behind(cause: type[P2PL
     assert blame(StepFailed(MIDDLE, cause("what?")), HOPS) == Blame(behind={MIDDLE})
 
 
+def test_a_replacement_that_does_not_get_ready_is_not_tried_again_before_others() -> None:
+    failure = StepFailed(STRANGER, DeadlineExceeded("no output within 20 s"))
+    assert blame(failure, HOPS) == Blame(moved={STRANGER})
+
+
 def test_what_the_next_hop_said_counts_as_if_it_had_told_us_itself() -> None:
     failure = StepFailed(FIRST, SessionUnknown("not open here"), MIDDLE)
     assert blame(failure, HOPS) == Blame(behind={MIDDLE})

@@ -49,6 +49,7 @@ class FakeEndpoint:
     """Takes pushes and does nothing with them; `arrive` and `lose` are what the network brings."""
 
     def __init__(self) -> None:
+        self.suspected: set[PeerId] = set()
         self.handlers: dict[type[Message], Callable[[Request[Any]], Awaitable[Message]]] = {}
         self.pushed: list[tuple[PeerId, Message]] = []
         self.watched: list[tuple[PeerId, OnLost]] = []
@@ -61,6 +62,9 @@ class FakeEndpoint:
 
     def is_connected(self, peer: PeerId) -> bool:
         return True
+
+    def is_suspected(self, peer: PeerId) -> bool:
+        return peer in self.suspected
 
     async def push(self, peer: PeerId, message: Message, **_: object) -> None:
         self.pushed.append((peer, message))

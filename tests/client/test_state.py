@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -11,10 +11,12 @@ from p2pllm.client.spill import SpillFile
 from p2pllm.client.state import (
     ECHOES_AWAITED,
     FIRST_STEP,
+    Copy,
     Flight,
     SessionState,
     latest_known_hop,
     part_of,
+    set_starts,
 )
 from p2pllm.ids import SessionId
 from p2pllm.model.tensor_io import decode_tensor, encode_tensor
@@ -244,6 +246,74 @@ def test_steps_are_sent_again_to_the_latest_hop_whose_input_is_known_of_all_rows
     assert latest_known_hop(pairs, 2) == 1
 
 
+def starts_of(*states: SessionState) -> list[int]:
+    """From which hop on each step under way is to be sent again, oldest first."""
+    by_id = {state.id: state for state in states}
+    flights = list(dict.fromkeys(flight for state in states for flight in state.flights.values()))
+    set_starts(
+        [(flight, [by_id[row.session] for row in flight.rows]) for flight in flights], NUM_HOPS
+    )
+    return [flight.start for flight in flights]
+
+
+def test_each_step_is_sent_again_to_the_latest_hop_that_lets_older_ones_go_first() -> None:
+    state = new_state()
+    rows = [depart(state, 1, 2), depart(state, 3), depart(state, 4)]
+    assert starts_of(state) == [0, 0, 0]
+
+    state.on_echo(0, rows[0], tensor(10, 20))
+    state.on_echo(1, rows[0], tensor(100, 200))
+    assert starts_of(state) == [0, 0, 0]  # the second one's echo is lost, or still to come
+
+    state.on_echo(0, rows[1], tensor(30))
+    assert starts_of(state) == [0, 0, 0]
+
+    state.on_echo(0, rows[2], tensor(40))
+    assert starts_of(state) == [1, 1, 1]
+    assert [state.current(row).first_step for row in rows] == [FIRST_STEP] * 3
+
+
+def test_a_younger_step_may_begin_later_than_an_older_one() -> None:
+    state = new_state()
+    rows = [depart(state, 1), depart(state, 2)]
+    state.on_echo(0, rows[1], tensor(20))
+    assert starts_of(state) == [0, 1]
+    assert [state.current(row).first_step for row in rows] == [FIRST_STEP] * 2
+
+
+def test_a_step_of_several_sequences_waits_for_the_younger_ones_of_each() -> None:
+    one, two = new_state(1), new_state(2)
+    rows = (one.next_row(1, 0), two.next_row(1, 0))
+    flight = Flight(rows, tensor(1, 2))
+    for state, row in zip((one, two), rows, strict=True):
+        state.depart(flight, row)
+        state.on_echo(0, row, tensor(10))
+        state.on_echo(1, row, tensor(100))
+    assert starts_of(one, two) == [2]
+
+    younger = depart(two, 3)
+    assert starts_of(one, two) == [0, 0]
+
+    two.on_echo(0, younger, tensor(30))
+    assert starts_of(one, two) == [1, 1]
+
+
+@given(st.lists(st.integers(0, NUM_HOPS - 1), min_size=1, max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_whatever_echoes_came_no_step_begins_after_a_younger_one(known: list[int]) -> None:
+    state = new_state()
+    for number, hops in enumerate(known):
+        row = depart(state, number)
+        for hop in range(hops):
+            state.on_echo(hop, row, tensor(number))
+
+    starts = starts_of(state)
+
+    assert starts == sorted(starts)
+    latest = [min(known[index:]) for index in range(len(known))]
+    assert starts == latest
+
+
 def test_an_input_is_known_if_all_of_its_tokens_are() -> None:
     state = new_state()
     row = depart(state, 1, 2, 3)
@@ -387,3 +457,63 @@ class Life(RuleBasedStateMachine):
 
 TestLife = Life.TestCase
 TestLife.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+
+
+# --- copies at hops that may take over ---------------------------------------------------------
+
+
+def new_copy(held: list[int]) -> Copy:
+    """A copy at so many hops; the second one and those after it have journals, as far."""
+    store = JournalStore(2**20, SpillFile)
+    journals = [store.journal() for _ in held[1:]]
+    for journal, count in zip(journals, held[1:], strict=True):
+        journal.put(0, tensor(*range(count)))
+    return Copy(epoch=1, push_tokens=[b"t" * 16] * len(held), journals=journals, held=held)
+
+
+def test_what_a_sequence_forgets_its_copies_forget() -> None:
+    state, copy = new_state(), new_copy([5, 3])
+    state.copies.append(copy)
+    state.arrive(depart(state, 1, 2, 3, 4, 5))
+
+    state.rollback(4)
+    assert (copy.held, copy.lowest_cut, copy.journals[0].known) == ([4, 3], 4, 3)
+    state.rollback(2)
+    assert (copy.held, copy.lowest_cut, copy.journals[0].known) == ([2, 2], 2, 2)
+
+
+def test_what_is_given_up_is_forgotten_by_copies_too() -> None:
+    state, copy = new_state(), new_copy([3])
+    state.copies.append(copy)
+    depart(state, 1, 2)
+    state.give_up(depart(state, 3))
+    assert copy.held == [2]
+
+
+def test_a_hop_holds_no_more_of_what_it_got_than_was_left_meanwhile() -> None:
+    copy = new_copy([1, 1])
+    copy.hold(0, 7)
+    assert copy.held == [7, 1]
+
+    copy.cut(4)
+    copy.cut(6)  # what came after the first cut is something else
+    copy.hold(1, 7)
+
+    assert copy.held == [4, 4]
+
+
+# --- epochs ------------------------------------------------------------------------------------
+
+
+def test_no_epoch_is_used_twice_by_the_chain_and_its_copies() -> None:
+    state = new_state()
+    of_a_copy = state.new_epoch()
+    state.give_up(depart(state, 1))
+    of_another = state.new_epoch()
+    assert [of_a_copy, state.epoch, of_another] == [1, 2, 3]
+
+
+def test_an_epoch_may_leap_over_those_that_somebody_else_has_used() -> None:
+    state = new_state()
+    assert [state.new_epoch(), state.new_epoch(1000), state.new_epoch()] == [1, 1002, 1003]
+    assert state.epoch == 0  # until the chain has changed

@@ -895,6 +895,7 @@ class Network(RuleBasedStateMachine):
         self.acked = -1
         self.may_skip = False  # no step of this epoch was accepted
         self.first: int | None = None  # the number of this epoch's first step
+        self.undone: set[int] = set()  # what failures left out is not asked for again
 
     @property
     def length(self) -> int:
@@ -962,7 +963,7 @@ class Network(RuleBasedStateMachine):
         assert expected == self.length
         if arrived.step in steps:  # its output is gone
             is_old = sum(step > arrived.step for step in self.outputs) >= WINDOW
-            assert arrived.step <= self.acked or is_old
+            assert arrived.step <= self.acked or is_old or arrived.step in self.undone
         elif not steps or self.may_skip:
             is_late = arrived.first_step not in (-1, arrived.step)
             is_old = bool(steps) and arrived.step < steps[-1]
@@ -1009,6 +1010,7 @@ class Network(RuleBasedStateMachine):
         assert length == min(before, row.position)
         # Go on from the shorter length, as the client does that is told `expected`.
         self.accepted.append(Row(ONE, 0, row.step - 1, 0, length))
+        self.undone.add(row.step - 1)
 
     @rule()
     def take_over(self) -> None:

@@ -39,7 +39,7 @@ from tests.swarm.turns import acting_at, cancelled_after
 FIRST, MIDDLE, LAST = 0, 1, 2
 HOPS = (FIRST, MIDDLE, LAST)
 HOP_NAMES = ["first", "middle", "last"]
-TURNS = 330  # of an undisturbed generation, about
+TURNS = 345  # of an undisturbed generation, about
 STRIDE = 131  # with another offset for each kind of crash and each hop
 BATCH = ("hello world", "a", "some other text")
 HURRIED = replace(SETTINGS, step_timeout_s=5.0)

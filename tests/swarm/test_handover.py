@@ -2,8 +2,8 @@
 
 import asyncio
 import zlib
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import ExitStack, aclosing
 from dataclasses import replace
 
 import pytest
@@ -20,12 +20,12 @@ from p2pllm.errors import (
     StaleEpoch,
 )
 from p2pllm.identity import Identity
-from p2pllm.ids import ModelId, SessionId
+from p2pllm.ids import ModelId, PeerId, SessionId
 from p2pllm.model.tensor_io import encode_tensor
 from p2pllm.net.rpc import Request
 from p2pllm.server import handover
 from p2pllm.server.handlers import ANSWER_S
-from p2pllm.server.handover import MAX_PULL_S, MAX_PULLS
+from p2pllm.server.handover import MAX_PULL_S, MAX_PULLS, MAX_PULLS_EACH, PLACE_WAIT_S, Places
 from p2pllm.server.worker import Worker
 from p2pllm.sim.fake_model import WIDTH
 from p2pllm.sim.loop import WALL_EPOCH
@@ -359,12 +359,24 @@ def test_a_session_that_is_closed_is_read_no_further(monkeypatch: pytest.MonkeyP
     with_lab(use, device_s=SLOW_S)
 
 
-def test_so_many_read_at_once_and_none_for_longer_than_allowed() -> None:
+OTHERS = [PeerId(bytes([number]) * 32) for number in range(MAX_PULLS)]
+
+
+def take_all(places: Places, clients: Iterable[PeerId], stack: ExitStack) -> int:
+    """Let clients, one after the other, take as many places as they get; how many are those?"""
+    before = len(places)
+    for client in clients:
+        while places.has_one(client):
+            stack.enter_context(places.taken(client))
+    return len(places) - before
+
+
+def test_one_client_reads_so_much_at_once_and_not_for_longer_than_allowed() -> None:
     async def use(lab: Lab) -> None:
         there = lab.at(lab.b)
         await begin(lab, 30)
         await there.ask(HandOver(ONE, 0, READER))
-        readings = [pull(there, request_at(lab)) for _ in range(MAX_PULLS + 1)]
+        readings = [pull(there, request_at(lab)) for _ in range(MAX_PULLS_EACH + 1)]
         results = await asyncio.gather(*readings, return_exceptions=True)
         assert [type(result) for result in results].count(Busy) == 1
         assert len(await pull(there, request_at(lab))) == 1
@@ -372,6 +384,46 @@ def test_so_many_read_at_once_and_none_for_longer_than_allowed() -> None:
             await pull(there, request_at(lab), timeout_s=MAX_PULL_S + 10)
 
     with_lab(use, device_s=SLOW_S)
+
+
+def test_a_clients_second_pull_leaves_a_place_for_another_client() -> None:
+    places = Places()
+    with ExitStack() as stack:
+        assert [take_all(places, [client], stack) for client in OTHERS] == [2, 1, 1, 0]
+        with pytest.raises(Busy), places.taken(OTHERS[0]):
+            pass
+    assert len(places) == 0
+    with ExitStack() as stack:
+        assert take_all(places, OTHERS[3:], stack) == MAX_PULLS_EACH
+
+
+def test_a_client_that_reads_slowly_does_not_keep_others_from_reading() -> None:
+    async def use(lab: Lab) -> None:
+        await begin(lab, 30)
+        with ExitStack() as stack:
+            giver, taker = lab.b.server.service._giver, lab.spare_b.server.service._taker
+            for places in (giver._places, taker._places):
+                assert take_all(places, OTHERS[:1], stack) == MAX_PULLS_EACH
+            assert (await lab.hand_over(30)).position == 30
+
+    with_lab(use)
+
+
+@pytest.mark.parametrize("freed_after_s", [0.5, 5.0])
+def test_an_open_waits_for_a_place_for_a_second_and_then_has_no_pages(freed_after_s: float) -> None:
+    async def use(lab: Lab) -> None:
+        await begin(lab, 30)
+        loop, stack = asyncio.get_running_loop(), ExitStack()
+        places = lab.spare_b.server.service._taker._places
+        assert take_all(places, OTHERS, stack) == MAX_PULLS
+        loop.call_later(freed_after_s, stack.close)
+        began = loop.time()
+        opened = await lab.hand_over(30)
+        assert opened.position == (30 if freed_after_s < PLACE_WAIT_S else 0)
+        assert loop.time() - began < PLACE_WAIT_S + 0.5
+        await asyncio.sleep(freed_after_s)
+
+    with_lab(use)
 
 
 def test_more_sessions_than_may_move_at_once_wait_for_each_other() -> None:

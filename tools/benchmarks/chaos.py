@@ -220,8 +220,8 @@ async def _client(
             chosen = rng.sample(cases, size)
             num_tokens = rng.randint(MIN_TOKENS, len(chosen[0]["greedy_ids"]))
             try:
-                async with asyncio.timeout(TOO_LONG_S):
-                    await _generate(model, chosen, num_tokens, tally)
+                generating = asyncio.ensure_future(_generate(model, chosen, num_tokens, tally))
+                await asyncio.wait_for(generating, TOO_LONG_S)
             except Exception as exc:  # whatever it is, an answer is lost
                 names = [case["prompt"][:20] for case in chosen]
                 tally.lost.append(f"{names}: {type(exc).__name__}: {exc}")
