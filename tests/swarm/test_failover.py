@@ -1,6 +1,7 @@
 """A generation survives any server: the tokens are those of an undisturbed run, whatever fails."""
 
 import asyncio
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -40,7 +41,9 @@ FIRST, MIDDLE, LAST = 0, 1, 2
 HOPS = (FIRST, MIDDLE, LAST)
 HOP_NAMES = ["first", "middle", "last"]
 TURNS = 345  # of an undisturbed generation, about
-STRIDE = 131  # with another offset for each kind of crash and each hop
+# Every so many turns, with another offset for each kind of crash and each hop. With 1, which takes
+# half an hour, a generation is disturbed at every await: P2PLLM_TEST_STRIDE=1 … -o timeout=0.
+STRIDE = int(os.environ.get("P2PLLM_TEST_STRIDE", "131"))
 BATCH = ("hello world", "a", "some other text")
 HURRIED = replace(SETTINGS, step_timeout_s=5.0)
 SLOW = ServerConfig(cache_tokens=4096, throughput=1e3, lease_s=LEASE_S)  # a last resort
