@@ -31,7 +31,7 @@ from p2pllm.errors import (
 )
 from p2pllm.ids import SESSION_ID_BYTES, PeerId, SessionId
 from p2pllm.tasks import to_the_end, together
-from p2pllm.wire.messages import Echo, Fork, HandOver, Open, Rewire, Row
+from p2pllm.wire.messages import Fork, HandOver, Rewire, Row
 from p2pllm.wire.tensors import WireTensor
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class Replacer:
         chain, hop = self._chain, replacement.hops[index]
         needed = state.target(replacement.stop - 1)
         timeout_s = HAND_OVER_S if token else min(REOPEN_S, chain.config.open_timeout_s)
-        request = self._opening(replacement, state, copy, index)
+        request = chain.opening(state, hop, copy.epoch, copy.push_tokens[index])
         if token:
             assert replacement.source is not None, "who else could have given it?"
             request = replace(
@@ -189,24 +189,6 @@ class Replacer:
                 "handed over to=%s tokens=%d of=%d", hop.peer.short, opened.position, needed
             )
         return opened.position
-
-    def _opening(
-        self, replacement: Replacement, state: SessionState, copy: Copy, index: int
-    ) -> Open:
-        chain, hop = self._chain, replacement.hops[index]
-        return Open(
-            session=state.id,
-            epoch=copy.epoch,
-            span=hop.span,
-            max_tokens=state.max_tokens,
-            model=chain.model,
-            numerics=hop.numerics,
-            push_token=copy.push_tokens[index],
-            client=chain.endpoint.peer_id,
-            codec=chain.wire.codec,
-            is_compressed=chain.wire.is_compressed,
-            echo=Echo.ALL,
-        )
 
     async def _replay(self, replacement: Replacement, state: SessionState) -> None:
         """One sequence's inputs for the new hops, from what they hold to what they need."""

@@ -221,20 +221,10 @@ class Chain:
         A link that turns out to be broken is noted. Raises RequestFailed or TransportError.
         """
         hop, is_pushing = self.hops[index], not self.is_relayed(index)
-        request = Open(
-            session=state.id,
-            epoch=state.epoch,
-            span=hop.span,
-            max_tokens=state.max_tokens,
-            model=self.model,
-            numerics=hop.numerics,
-            push_token=state.push_tokens[index],
-            client=self.endpoint.peer_id,
+        request = replace(
+            self.opening(state, hop, state.epoch, state.push_tokens[index]),
             next_hop=self.hops[index + 1].record if is_pushing else b"",
             next_token=state.push_tokens[index + 1] if is_pushing else b"",
-            codec=self.wire.codec,
-            is_compressed=self.wire.is_compressed,
-            echo=Echo.ALL,
             wait_s=wait_s,
         )
         timeout_s = self.config.open_timeout_s + wait_s
@@ -242,6 +232,22 @@ class Chain:
         if is_pushing and opened.next_rtt_s < 0:
             self.broken_links.add((hop.peer, self.hops[index + 1].peer))
         return opened
+
+    def opening(self, state: SessionState, hop: Hop, epoch: int, push_token: bytes) -> Open:
+        """What opens a sequence at a hop, or takes it over; its outputs come back to us."""
+        return Open(
+            session=state.id,
+            epoch=epoch,
+            span=hop.span,
+            max_tokens=state.max_tokens,
+            model=self.model,
+            numerics=hop.numerics,
+            push_token=push_token,
+            client=self.endpoint.peer_id,
+            codec=self.wire.codec,
+            is_compressed=self.wire.is_compressed,
+            echo=Echo.ALL,
+        )
 
     async def relay_broken_links(self, states: Iterable[SessionState]) -> None:
         """Where a hop cannot reach the next one, all sequences come back to us from there.
