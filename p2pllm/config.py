@@ -93,6 +93,7 @@ class ServerConfig:
     """What a server offers, and how much of itself it gives."""
 
     dtype: str = "auto"  # float32 on CPU without fast bfloat16, else bfloat16
+    quantize: str = "none"  # how blocks' matrices are held: none, int8, int4
     device: str = "auto"
     cache_tokens: int = 16_384  # tokens in the K/V cache, over all sessions: 8 of 2048 each
     max_sessions: int = 256

@@ -22,6 +22,7 @@ from p2pllm.config import DEFAULT_NETWORK, DEFAULT_PORT, ClientConfig, ShaperCon
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SCHEMES = ("none", "int8", "int4")
 CODECS = ("auto", "raw", "bf16", "int8")
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)  # by the number of -v
 

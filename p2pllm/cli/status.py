@@ -142,7 +142,7 @@ def _cells(view: "SwarmView", server: "ServerView") -> tuple[str, ...]:
         presence.public_name or "-",
         str(server.span),
         _state(view, server),
-        presence.numerics.dtype,
+        str(presence.numerics),
         milliseconds(server.rtt_s),
         f"{1 / per_token_s:.1f}",
         milliseconds(server.expected_queue_s),

@@ -5,7 +5,7 @@
 
 Projections that read the same input are one matrix (QKV, gate and up), because at decode the time
 goes into reading weights and into starting kernels, and one large product does both better.
-Weights are read-only; all state is in the K/V cache.
+Weights are read-only, in full precision or quantized; all state is in the K/V cache.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from p2pllm.model.layers import Linear, RmsNorm, Rotation, gated_silu
+from p2pllm.model.layers import RmsNorm, Rotation, gated_silu
+from p2pllm.model.quantized_linear import Projection
 
 Attend = Callable[[Tensor], Tensor]
 """Attention of one block over the cache: (N, Hq + 2 · Hkv, d) rotated -> (N, Hq · d)."""
@@ -26,11 +27,11 @@ class Block:
     num_heads: int
     num_kv_heads: int
     attention_norm: RmsNorm
-    qkv: Linear
-    out: Linear
+    qkv: Projection
+    out: Projection
     mlp_norm: RmsNorm
-    gate_up: Linear
-    down: Linear
+    gate_up: Projection
+    down: Projection
 
     def forward(self, hidden: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
         """hidden: (N, D), packed tokens of a batch, not changed.  Returns (N, D)."""

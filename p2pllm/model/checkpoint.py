@@ -16,6 +16,7 @@ to the letter are not told apart.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -29,8 +30,10 @@ from p2pllm.errors import CheckpointError
 from p2pllm.ids import ModelId
 from p2pllm.model.config import ModelConfig
 from p2pllm.model.families import family_of
+from p2pllm.model.families.family import Weights
 from p2pllm.model.gguf_llama import GgufLlama
 from p2pllm.model.hf_directory import HfDirectory
+from p2pllm.model.quantize import Codes, Scheme, num_bytes, quantize
 from p2pllm.model.tokenizer import Tokenizer
 
 MAX_NAME_CHARS = 128  # what a model listing in the DHT takes
@@ -53,6 +56,9 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> Tensor:
         """One tensor, in any float type; raises CheckpointError naming file and tensor."""
+
+    def codes(self, name: str) -> Codes | None:
+        """A matrix as quantized codes, if that is how the source holds it."""
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
@@ -105,16 +111,47 @@ class Checkpoint:
         text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         return ModelId(hashlib.sha256(text.encode()).digest(), self._name)
 
-    @property
-    def block_parameters(self) -> int:
-        """How many numbers one block holds; known without reading it."""
-        shapes = self._family.block_shapes(self.config)
-        return sum(torch.Size(shape).numel() for shape in shapes.values())
+    def block_bytes(self, dtype: torch.dtype, scheme: Scheme = Scheme.NONE) -> int:
+        """What one block takes in memory; known without reading it.
+
+        In int8, if any of the model's matrices has groups, all are counted so: blocks of a file
+        may differ, and the largest counts.
+        """
+        types = self._source.types.items()
+        in_groups = any(kind == "Q8_0" for name, kind in types if ".layers." in name)
+        total = 0
+        for shape in self._family.block_shapes(self.config).values():
+            if scheme is Scheme.NONE or len(shape) == 1:
+                total += math.prod(shape) * dtype.itemsize
+            else:
+                total += num_bytes(shape, scheme, in_groups=in_groups)
+        return total
 
     def block_weights(self, index: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The tensors of block `index` by their local names ("self_attn.q_proj.weight", …)."""
         prefix = self._family.block_prefix.format(index)
         return self._read(prefix, self._family.block_shapes(self.config), dtype)
+
+    def quantized_block(
+        self, index: int, dtype: torch.dtype, scheme: Scheme, device: torch.device
+    ) -> Weights:
+        """The same with matrices as codes: the source's own if they have as many bits.
+
+        One matrix at a time is in full precision, while its codes are chosen on `device`.
+        """
+        prefix = self._family.block_prefix.format(index)
+        weights: dict[str, Tensor | Codes] = {}
+        for name, shape in self._family.block_shapes(self.config).items():
+            if len(shape) == 1:
+                weights |= self._read(prefix, {name: shape}, dtype)
+                continue
+            codes = self._source.codes(prefix + name)
+            if codes is None or codes.bits != scheme.bits:
+                whole = self._read(prefix, {name: shape}, torch.float32)
+                codes = quantize(whole[name].to(device), scheme)
+            self._check_shape(prefix + name, codes, shape)
+            weights[name] = codes
+        return weights
 
     def edge_weights(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Embedding, final norm and, unless it is tied, the head, by their full names."""
@@ -136,13 +173,15 @@ class Checkpoint:
         weights = {}
         for name, shape in shapes.items():
             tensor = self._source.read(prefix + name)
-            if tuple(tensor.shape) != shape:
-                raise CheckpointError(
-                    f"{self.path}: tensor {prefix}{name} is {tuple(tensor.shape)}; by the config "
-                    f"it is {shape}"
-                )
+            self._check_shape(prefix + name, tensor, shape)
             weights[name] = tensor.to(dtype)
         return weights
+
+    def _check_shape(self, name: str, tensor: Tensor | Codes, shape: tuple[int, ...]) -> None:
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} is {tuple(tensor.shape)}; by the config it is {shape}"
+            )
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:

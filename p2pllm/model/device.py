@@ -1,8 +1,12 @@
 """Devices and compute types by name, with "auto" for what suits the machine."""
 
+from dataclasses import dataclass
+
 import torch
 
+from p2pllm.config import ServerConfig
 from p2pllm.errors import ConfigError
+from p2pllm.model.quantize import Scheme
 from p2pllm.wire.messages import Numerics
 from p2pllm.wire.tensors import DType
 
@@ -34,10 +38,46 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def numerics_of(dtype: torch.dtype) -> Numerics:
-    """What a server that computes in `dtype` declares."""
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Where and in what a server computes; `scheme` is how it holds its blocks' matrices."""
+
+    device: torch.device
+    dtype: torch.dtype
+    scheme: Scheme
+
+    @classmethod
+    def of(cls, settings: ServerConfig) -> "Compute":
+        """What the settings say, "auto" decided. Raises ConfigError.
+
+        Kernels for quantized weights take bfloat16 only.
+        """
+        try:
+            scheme = Scheme(settings.quantize)
+        except ValueError:
+            known = ", ".join(Scheme)
+            raise ConfigError(f"no scheme {settings.quantize!r}; one of {known}") from None
+        device, name = choose_device(settings.device), settings.dtype
+        if scheme is not Scheme.NONE and name == "auto":
+            name = "bfloat16"
+        dtype = choose_dtype(name, device)
+        if scheme is not Scheme.NONE and dtype is not torch.bfloat16:
+            raise ConfigError(
+                f"weights in {scheme} are computed with in bfloat16, not in {name}: choose "
+                "--dtype or --quantize"
+            )
+        return cls(device, dtype, scheme)
+
+    @property
+    def numerics(self) -> Numerics:
+        """What such a server declares."""
+        return numerics_of(self.dtype, self.scheme)
+
+
+def numerics_of(dtype: torch.dtype, scheme: Scheme = Scheme.NONE) -> Numerics:
+    """What a server that computes in `dtype`, with matrices held so, declares."""
     name = name_of(dtype)
-    return Numerics(name, "none", name)
+    return Numerics(name, scheme.value, name)
 
 
 def wire_dtype_of(dtype: torch.dtype) -> DType:

@@ -4,6 +4,7 @@ Sequences are packed as everywhere: (N,) token ids of any number of sequences in
 A client that samples needs logits of the last token of each sequence only, and passes those.
 """
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from p2pllm.model.config import ModelConfig
 from p2pllm.model.families import family_of
-from p2pllm.model.families.family import Weights
 from p2pllm.model.layers import Linear, RmsNorm
 from p2pllm.model.span_model import check_shapes
 
@@ -44,7 +44,7 @@ class Edges:
     def load(
         cls,
         config: ModelConfig,
-        weights: Weights,
+        weights: Mapping[str, Tensor],
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",

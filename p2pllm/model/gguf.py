@@ -37,6 +37,13 @@ SUPPORTED = frozenset(
     for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
 )
 
+# One group of 32 weights of the types whose codes we take as they are.
+_GROUPS = {
+    GGMLQuantizationType.Q4_0: np.dtype([("d", "<f2"), ("q", "u1", 16)]),
+    GGMLQuantizationType.Q4_1: np.dtype([("d", "<f2"), ("m", "<f2"), ("q", "u1", 16)]),
+    GGMLQuantizationType.Q8_0: np.dtype([("d", "<f2"), ("q", "i1", 32)]),
+}
+
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _SCALARS = {
@@ -63,6 +70,19 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int  # bytes from the beginning of the file
     num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupCodes:
+    """A quantized matrix (out, in) as the file holds it: weight = scale · code + centre.
+
+    `codes` (out, in) int8, signed; `scales`, `centres` (out, in / 32) float32.
+    """
+
+    bits: int
+    codes: npt.NDArray[np.int8]
+    scales: npt.NDArray[np.float32]
+    centres: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,20 +177,48 @@ class GgufFile:
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """The tensor `name`, dequantized. The array may be a read-only view of the file."""
-        entry = self.tensors.get(name)
-        if entry is None:
-            raise CheckpointError(f"{self.path}: tensor {name} is missing")
+        entry = self._entry(name)
         if entry.type not in SUPPORTED:
             supported = ", ".join(sorted(kind.name for kind in SUPPORTED))
             raise CheckpointError(
                 f"{self.path}: tensor {name} is {entry.type.name}, which is not supported; "
                 f"{supported} are"
             )
-        raw = np.frombuffer(self._data, np.uint8, entry.num_bytes, entry.start)
-        rows = raw.reshape(*entry.shape[:-1], -1)
+        rows = self._raw(entry).reshape(*entry.shape[:-1], -1)
         values: npt.NDArray[np.float32] = gguf.dequantize(rows, entry.type)
         assert values.shape == entry.shape
         return values
+
+    def codes(self, name: str) -> GroupCodes | None:
+        """The matrix `name` without dequantizing it; None if its type is not a simple one.
+
+        The types of groups of 32 with one float16 scale: Q4_0 (weight = d · (q - 8)), Q4_1
+        (d · q + m, so the centre of the signed code is m + 8 · d) and Q8_0 (d · q).
+        """
+        entry = self._entry(name)
+        layout = _GROUPS.get(entry.type)
+        if layout is None or len(entry.shape) != 2:
+            return None
+        groups = self._raw(entry).view(layout).reshape(entry.shape[0], -1)  # (out, in / 32)
+        scales = groups["d"].astype(np.float32)
+        centres = np.zeros_like(scales)
+        if entry.type is GGMLQuantizationType.Q8_0:
+            return GroupCodes(8, groups["q"].reshape(entry.shape), scales, centres)
+        if entry.type is GGMLQuantizationType.Q4_1:
+            centres = groups["m"].astype(np.float32) + 8 * scales
+        packed = groups["q"]  # (out, in / 32, 16): weights 0 to 15 in the low halves
+        unsigned = np.concatenate((packed & 15, packed >> 4), axis=-1)
+        codes = unsigned.view(np.int8) - np.int8(8)
+        return GroupCodes(4, codes.reshape(entry.shape), scales, centres)
+
+    def _entry(self, name: str) -> TensorEntry:
+        entry = self.tensors.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.path}: tensor {name} is missing")
+        return entry
+
+    def _raw(self, entry: TensorEntry) -> npt.NDArray[np.uint8]:
+        return np.frombuffer(self._data, np.uint8, entry.num_bytes, entry.start)
 
     # --- reading the header --------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from p2pllm.model.config import ModelConfig, RopeKind
 from p2pllm.model.files import sample
 from p2pllm.model.gguf import GgufFile
 from p2pllm.model.gguf_tokenizer import build_tokenizer, eos_ids, hash_tokenizer
+from p2pllm.model.quantize import Codes
 from p2pllm.model.tokenizer import Tokenizer
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -79,10 +80,31 @@ class GgufLlama:
 
     def read(self, name: str) -> Tensor:
         """The tensor of that HF name, in float32."""
-        if name not in self._names:
-            raise CheckpointError(f"{self.path}: tensor {name} is missing")
-        values = self._file.read(self._names[name])
+        values = self._file.read(self._name(name))
         tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
+        return self._in_order(name, tensor)
+
+    def codes(self, name: str) -> Codes | None:
+        """The matrix of that HF name as the file holds it, scales rounded to bfloat16.
+
+        None if its type is not of groups with one scale (Q4_0, Q4_1, Q8_0 are).
+        """
+        groups = self._file.codes(self._name(name))
+        if groups is None:
+            return None
+        codes, scales, centres = (
+            self._in_order(name, torch.from_numpy(values.copy()))
+            for values in (groups.codes, groups.scales, groups.centres)
+        )
+        return Codes(groups.bits, codes, scales.bfloat16(), centres.bfloat16())
+
+    def _name(self, hf_name: str) -> str:
+        if hf_name not in self._names:
+            raise CheckpointError(f"{self.path}: tensor {hf_name} is missing")
+        return self._names[hf_name]
+
+    def _in_order(self, name: str, tensor: Tensor) -> Tensor:
+        """Rows (one per output) as the original files have them."""
         if ".q_proj." in name:
             return self._unpermute(name, tensor, self.config.num_heads)
         if ".k_proj." in name:

@@ -91,6 +91,9 @@ class HfDirectory:
             )
         return tensor
 
+    def codes(self, name: str) -> None:
+        """There are none: quantized checkpoints are refused."""
+
     def tokenizer(self) -> Tokenizer:
         """The directory's tokenizer."""
         return load_tokenizer(self.path)

@@ -1,10 +1,11 @@
-"""How much memory a device has free.
+"""How much memory a device has free, and giving back what we no longer use.
 
 On a GPU the driver says. For the CPU it is what the system would give to a new program without
 swapping, and no more than what its container allows (cgroup v2): free pages alone would not count
 the file cache, which is given up when somebody needs it.
 """
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -22,6 +23,17 @@ def free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     return int(min(_system_free(_MEMINFO), _cgroup_free(_CGROUP)))
+
+
+def return_freed() -> None:
+    """Give memory that was freed back to the system, where the C library can be asked to.
+
+    glibc keeps pieces of up to 32 MiB for later. After the blocks of the default model are loaded
+    in int4 that is 120 MiB of conversions which nobody needs again, twice what the weights take.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _system_free(meminfo: Path) -> int:

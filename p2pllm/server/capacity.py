@@ -50,13 +50,13 @@ class Capacity:
 
 
 def block_cost(
-    *, parameters: int, kv_values_per_token: int, cache_tokens: int, itemsize: int
+    *, weight_bytes: int, kv_values_per_token: int, cache_tokens: int, itemsize: int
 ) -> BlockCost:
-    """The cost of a block with so many numbers, of `itemsize` bytes each.
+    """The cost of a block with so many bytes of weights.
 
-    `kv_values_per_token`: keys and values of all its key/value heads.
+    `kv_values_per_token`: keys and values of all its key/value heads, of `itemsize` bytes each.
     """
-    return BlockCost(parameters * itemsize, kv_values_per_token * cache_tokens * itemsize)
+    return BlockCost(weight_bytes, kv_values_per_token * cache_tokens * itemsize)
 
 
 def usable_of(free_bytes: int) -> int:

@@ -25,7 +25,7 @@ from p2pllm.clock import Clock, SystemClock
 from p2pllm.config import NodeConfig, ServerConfig
 from p2pllm.errors import ConfigError, P2PLLMError
 from p2pllm.identity import Identity
-from p2pllm.model.device import choose_device, choose_dtype, numerics_of
+from p2pllm.model.device import Compute, choose_device
 from p2pllm.model.executor import Executor, executor_or_thread
 from p2pllm.model.kv_cache import KVCache
 from p2pllm.model.memory import free_memory
@@ -328,10 +328,10 @@ def _capacity(source: ModelSource, choice: BlockChoice, settings: ServerConfig) 
 def _cost(source: ModelSource, settings: ServerConfig) -> BlockCost:
     config = source.config
     return block_cost(
-        parameters=source.block_parameters,
+        weight_bytes=source.block_bytes(settings),
         kv_values_per_token=2 * config.num_kv_heads * config.head_dim,
         cache_tokens=settings.cache_tokens,
-        itemsize=choose_dtype(settings.dtype, choose_device(settings.device)).itemsize,
+        itemsize=Compute.of(settings).dtype.itemsize,
     )
 
 
@@ -340,11 +340,10 @@ def _introduction(
 ) -> tuple[ModelListing, Presence]:
     """What never changes of the announcements."""
     config, cache_tokens = source.config, pages_for(settings.cache_tokens) * PAGE_TOKENS
-    dtype = choose_dtype(settings.dtype, choose_device(settings.device))
     presence = Presence(
         peer_id=node.peer_id,
         span=Span(0, config.num_blocks),
-        numerics=numerics_of(dtype),
+        numerics=Compute.of(settings).numerics,
         state=ServerState.JOINING,
         max_tokens_per_session=min(settings.max_tokens_per_session, cache_tokens),
         public_name=settings.public_name,

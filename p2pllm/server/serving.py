@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from p2pllm.clock import Clock
 from p2pllm.config import ServerConfig
 from p2pllm.ids import ModelId
-from p2pllm.model.device import numerics_of
+from p2pllm.model.device import Compute, numerics_of
 from p2pllm.model.executor import Executor
 from p2pllm.model.kv_cache import KVCache
 from p2pllm.model.span_model import SpanCompute
@@ -55,7 +55,8 @@ class Serving:
             max_rows=settings.max_queue_steps,
         )
         worker = Worker(model, cache, scheduler, executor, clock)
-        offer = Offer(model_id, numerics_of(model.dtype), model.span, model.config.hidden_size)
+        numerics = numerics_of(model.dtype, Compute.of(settings).scheme)
+        offer = Offer(model_id, numerics, model.span, model.config.hidden_size)
         sessions: SessionTable[Output] = SessionTable(
             pages, max_sessions=settings.max_sessions, lease_s=settings.lease_s
         )

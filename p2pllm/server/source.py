@@ -8,9 +8,11 @@ from p2pllm.config import ServerConfig
 from p2pllm.ids import ModelId
 from p2pllm.model.checkpoint import Checkpoint, open_checkpoint
 from p2pllm.model.config import ModelConfig
-from p2pllm.model.device import choose_device, choose_dtype
+from p2pllm.model.device import Compute
 from p2pllm.model.families.family import Weights
 from p2pllm.model.hub import resolve_model
+from p2pllm.model.memory import return_freed
+from p2pllm.model.quantize import Scheme
 from p2pllm.model.span_model import SpanCompute, SpanModel
 from p2pllm.spans import Span
 
@@ -27,9 +29,8 @@ class ModelSource(Protocol):
     @property
     def model_id(self) -> ModelId: ...
 
-    @property
-    def block_parameters(self) -> int:
-        """How many numbers one block holds."""
+    def block_bytes(self, settings: ServerConfig) -> int:
+        """Memory that one block's weights take."""
         ...
 
     def load_span(
@@ -66,9 +67,9 @@ class CheckpointSource:
     def model_id(self) -> ModelId:
         return self.checkpoint.model_id
 
-    @property
-    def block_parameters(self) -> int:
-        return self.checkpoint.block_parameters
+    def block_bytes(self, settings: ServerConfig) -> int:
+        compute = Compute.of(settings)
+        return self.checkpoint.block_bytes(compute.dtype, compute.scheme)
 
     def load_span(
         self,
@@ -78,8 +79,8 @@ class CheckpointSource:
         loaded: SpanCompute | None = None,
     ) -> SpanCompute:
         assert loaded is None or isinstance(loaded, SpanModel)
-        device = choose_device(settings.device)
-        dtype = choose_dtype(settings.dtype, device)
+        compute = Compute.of(settings)
+        dtype, scheme = compute.dtype, compute.scheme
         checkpoint = self.checkpoint
         if self.name:
             path = resolve_model(self.name, span=span, progress=self.on_fetch)
@@ -89,10 +90,14 @@ class CheckpointSource:
 
         def weights() -> Iterator[Weights]:
             for number, index in enumerate(lacking, 1):
-                yield checkpoint.block_weights(index, dtype)
+                if scheme is Scheme.NONE:
+                    yield checkpoint.block_weights(index, dtype)
+                else:
+                    yield checkpoint.quantized_block(index, dtype, scheme, compute.device)
+                return_freed()  # what reading this block left over
                 if on_progress is not None:
                     on_progress(number, len(lacking))
 
         return SpanModel.load(
-            self.config, span, weights(), dtype=dtype, device=device, loaded=loaded
+            self.config, span, weights(), dtype=dtype, device=compute.device, loaded=loaded
         )

@@ -106,8 +106,10 @@ class FakeSource:
 
     config: ModelConfig
     model_id: ModelId
-    block_parameters: int = 1000
     device: FakeDevice | None = None  # what computing costs
+
+    def block_bytes(self, settings: ServerConfig) -> int:
+        return 2000
 
     def load_span(
         self,

@@ -28,6 +28,8 @@ PEERS = ["--peers", "127.0.0.1:4"]
         (["serve", *NEW_SWARM, "--blocks", "0:10", "--num-blocks", "3"], "give one"),
         (["serve", *NEW_SWARM, "--allow", "me"], "not a PeerId"),
         (["serve", *NEW_SWARM, "--memory", "much"], "4GiB"),
+        (["serve", *NEW_SWARM, "--quantize", "int3"], "'int4'"),
+        (["serve", *NEW_SWARM, "--quantize", "int4", "--dtype", "float32"], "in bfloat16"),
         (["serve", "--new-swarm", "--listen", "31337"], "HOST:PORT"),
         (["generate", "hi", "--peers", "203.0.113.7"], "[PEERID@]HOST:PORT"),
         (["generate", "hi", "--peers", "203.0.113.7:99999"], "not a port"),

@@ -40,6 +40,14 @@ def test_room_is_kept_for_eight_sessions_unless_said_otherwise(
     assert [config.server.cache_tokens for config, _, _ in served] == [8 * 2048, 4 * 1024, 640]
 
 
+def test_weights_are_held_as_they_are_unless_said_otherwise(
+    terminal: Terminal, served: list[Any]
+) -> None:
+    terminal.type("serve", "--new-swarm")
+    terminal.type("serve", "--new-swarm", "--quantize", "int4", "--dtype", "bfloat16")
+    assert [config.server.quantize for config, _, _ in served] == ["none", "int4"]
+
+
 def test_a_server_balances_and_drains_unless_told_not_to(
     terminal: Terminal, served: list[Any]
 ) -> None:

@@ -6,10 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
 
 from p2pllm.errors import CheckpointError
 from p2pllm.model.checkpoint import Checkpoint, open_checkpoint
+from p2pllm.model.families import family_of
+from p2pllm.model.gguf import GgufFile
+from p2pllm.model.quantize import Codes, Scheme
+from p2pllm.model.quantized_linear import Int4Linear, Int8Linear
 
+CPU = torch.device("cpu")
 Tiny = Any  # conftest.TinyModel; a conftest cannot be imported
 
 
@@ -31,10 +38,73 @@ def test_blocks_and_edges_are_those_of_the_files(tiny: Tiny, tmp_path: Path) -> 
     }
 
 
-def test_block_parameters_are_known_without_reading(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_blocks_memory_is_known_without_reading(tiny: Tiny, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny.write_hf(tmp_path))
-    held = sum(tensor.numel() for tensor in checkpoint.block_weights(0).values())
-    assert checkpoint.block_parameters == held
+    held = sum(tensor.nbytes for tensor in checkpoint.block_weights(0, torch.bfloat16).values())
+    assert checkpoint.block_bytes(torch.bfloat16) == held
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme", "kept"),
+    [
+        ("Q4_0", Scheme.INT4, True),
+        ("Q4_1", Scheme.INT4, True),
+        ("Q8_0", Scheme.INT8, True),
+        ("Q8_0", Scheme.INT4, False),
+        ("Q4_1", Scheme.INT8, False),
+        ("F32", Scheme.INT4, False),
+    ],
+)
+def test_a_files_codes_are_kept_if_they_have_as_many_bits(
+    tiny: Tiny, tmp_path: Path, kind: str, scheme: Scheme, kept: bool
+) -> None:
+    path = tiny.write_gguf(tmp_path / "x.gguf", quantization=GGMLQuantizationType[kind])
+    checkpoint = open_checkpoint(path)
+    whole = checkpoint.block_weights(1)
+    for name, codes in checkpoint.quantized_block(1, torch.bfloat16, scheme, CPU).items():
+        if isinstance(codes, Tensor):
+            assert torch.equal(codes, whole[name].bfloat16())
+            continue
+        assert codes.bits == scheme.bits
+        expected = whole[name]
+        assert codes.shape == expected.shape
+        error = float((codes.dequantized() - expected).norm() / expected.norm())
+        # Kept: scales were rounded to bfloat16, else codes were chosen for this tensor.
+        assert error < (2**-8 if kept else 0.01 if scheme is Scheme.INT8 else 0.1)
+
+
+def test_kept_codes_are_those_of_the_file_to_the_bit(tiny: Tiny, tmp_path: Path) -> None:
+    path = tiny.write_gguf(tmp_path / "x.gguf", quantization=GGMLQuantizationType.Q4_1)
+    weights = open_checkpoint(path).quantized_block(1, torch.bfloat16, Scheme.INT4, CPU)
+    for part, name in (("ffn_down", "mlp.down_proj.weight"), ("attn_v", "self_attn.v_proj.weight")):
+        in_file = GgufFile(path).codes(f"blk.1.{part}.weight")
+        ours = weights[name]
+        assert in_file is not None
+        assert isinstance(ours, Codes)
+        assert torch.equal(ours.codes, torch.from_numpy(in_file.codes))
+        assert torch.equal(ours.scales, torch.from_numpy(in_file.scales).bfloat16())
+
+
+@pytest.mark.parametrize("kind", ["hf", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("scheme", [Scheme.INT8, Scheme.INT4])
+def test_a_quantized_blocks_memory_is_known_without_reading(
+    tiny: Tiny, tmp_path: Path, kind: str, scheme: Scheme
+) -> None:
+    if kind == "hf":
+        path = tiny.write_hf(tmp_path / "x")
+    else:
+        path = tiny.write_gguf(tmp_path / "x.gguf", quantization=GGMLQuantizationType[kind])
+    checkpoint = open_checkpoint(path)
+    weights = checkpoint.quantized_block(1, torch.bfloat16, scheme, CPU)
+    block = family_of(checkpoint.config).build_block(checkpoint.config, weights)
+    held = block.attention_norm.weight.nbytes + block.mlp_norm.weight.nbytes
+    for layer in (block.qkv, block.out, block.gate_up, block.down):
+        if isinstance(layer, Int4Linear):
+            held += layer.packed.nbytes + layer.scales.nbytes
+        else:
+            assert isinstance(layer, Int8Linear)
+            held += layer.weight.nbytes + layer.scales.nbytes
+    assert checkpoint.block_bytes(torch.bfloat16, scheme) == held
 
 
 def test_a_tied_head_is_not_read(tiny: Tiny, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def use(path: Path) -> None:
                 pass  # of the other type
     for name in file.tensors:
         file.read(name)
+        file.codes(name)
 
 
 def test_scalars_and_arrays_are_read(path: Path) -> None:
@@ -99,18 +100,48 @@ def test_every_supported_type_is_dequantized(kind: GGMLQuantizationType, tmp_pat
     raw = np.random.default_rng(0).integers(
         0, 255, (ROWS, COLUMNS // block * block_bytes), dtype=np.uint8
     )
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    path = write_tensor(tmp_path / "x.gguf", raw, kind)
+    with np.errstate(all="ignore"):  # random bytes make infinite scales, too
+        values = GgufFile(path).read("x")
+        expected = gguf.dequantize(raw, kind)
+    assert values.shape == (ROWS, COLUMNS)
+    assert values.dtype == np.float32
+    np.testing.assert_array_equal(values, expected)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q8_0"])
+def test_groups_with_one_scale_are_given_as_they_are(name: str, tmp_path: Path) -> None:
+    kind = GGMLQuantizationType[name]
+    weights = np.random.default_rng(0).normal(size=(ROWS, COLUMNS)).astype(np.float32)
+    raw = gguf.quantize(weights, kind)
+    file = GgufFile(write_tensor(tmp_path / "x.gguf", raw, kind))
+    codes = file.codes("x")
+    assert codes is not None
+    assert codes.bits == (8 if name == "Q8_0" else 4)
+    assert codes.codes.dtype == np.int8
+    assert codes.codes.shape == (ROWS, COLUMNS)
+    groups = codes.codes.reshape(ROWS, -1, 32).astype(np.float32)
+    values = groups * codes.scales[..., None] + codes.centres[..., None]
+    expected = file.read("x")
+    np.testing.assert_allclose(values.reshape(expected.shape), expected, rtol=0, atol=1e-6)
+
+
+def test_codes_of_other_types_are_not_given(tmp_path: Path) -> None:
+    raw = np.zeros((ROWS, 210), dtype=np.uint8)
+    file = GgufFile(write_tensor(tmp_path / "x.gguf", raw, GGMLQuantizationType.Q6_K))
+    assert file.codes("x") is None
+
+
+def write_tensor(
+    path: Path, raw: "np.ndarray[Any, np.dtype[Any]]", kind: GGMLQuantizationType
+) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_tensor("x", raw, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with np.errstate(all="ignore"):  # random bytes make infinite scales, too
-        values = GgufFile(tmp_path / "x.gguf").read("x")
-        expected = gguf.dequantize(raw, kind)
-    assert values.shape == (ROWS, COLUMNS)
-    assert values.dtype == np.float32
-    np.testing.assert_array_equal(values, expected)
+    return path
 
 
 def test_an_unsupported_type_is_named_with_the_tensor(tmp_path: Path) -> None:

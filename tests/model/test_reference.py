@@ -16,6 +16,7 @@ from p2pllm.model.checkpoint import open_checkpoint
 from p2pllm.model.edges import Edges
 from p2pllm.model.hub import resolve_model
 from p2pllm.model.kv_cache import CacheRow, KVCache
+from p2pllm.model.quantize import Scheme
 from p2pllm.model.span_model import SpanModel
 from p2pllm.model.tensor_io import decode_tensor, encode_tensor
 from p2pllm.spans import Span
@@ -62,6 +63,43 @@ class LocalModel:
         hidden = self.blocks.forward(self.edges.embed(packed), rows, self.cache)
         last = torch.tensor([len(ids) for ids in new_ids]).cumsum(0) - 1
         return self.edges.logits(hidden[last])
+
+
+def read(blocks: SpanModel, hidden: Tensor, chunk: int) -> Tensor:
+    """One text through the blocks, so many tokens at a time."""
+    cache, outputs = blocks.make_cache(PAGES_PER_SEQUENCE, PAGE), []
+    for start in range(0, len(hidden), chunk):
+        part = hidden[start : start + chunk]
+        row = CacheRow(tuple(range(PAGES_PER_SEQUENCE)), start, len(part))
+        outputs.append(blocks.forward(part, [row], cache).float())
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("scheme", [Scheme.INT4, Scheme.INT8])
+def test_quantized_blocks_change_the_distribution_little(scheme: Scheme) -> None:
+    checkpoint = open_checkpoint(resolve_model())
+    span = Span(0, checkpoint.config.num_blocks)
+    exact = SpanModel.load(
+        checkpoint.config,
+        span,
+        (checkpoint.block_weights(index) for index in span),
+        dtype=torch.float32,
+    )
+    cpu, dtype = torch.device("cpu"), torch.bfloat16
+    weights = (checkpoint.quantized_block(index, dtype, scheme, cpu) for index in span)
+    quantized = SpanModel.load(checkpoint.config, span, weights, dtype=dtype)
+    edges = Edges.load(checkpoint.config, checkpoint.edge_weights(), dtype=torch.float32)
+    divergences: dict[int, list[Tensor]] = {16: [], 512: []}  # of kernels for steps, for prompts
+    for case in CASES[:4]:
+        hidden = edges.embed(torch.tensor([*case["prompt_ids"], *case["greedy_ids"]]))
+        log_p = edges.logits(read(exact, hidden, 512)).log_softmax(-1)
+        for chunk, seen in divergences.items():
+            log_q = edges.logits(read(quantized, hidden, chunk)).log_softmax(-1)
+            seen.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    # The file is Q4_1: int4 keeps its codes (0.0004 nats, like bfloat16), int8 is chosen anew.
+    bound = 0.002 if scheme is Scheme.INT4 else 0.01
+    for seen in divergences.values():
+        assert float(torch.cat(seen).mean()) < bound
 
 
 @pytest.mark.parametrize("boundary", [10, 20])

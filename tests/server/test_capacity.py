@@ -11,7 +11,9 @@ MIB = 2**20
 
 
 def test_a_block_costs_its_weights_and_its_part_of_the_cache() -> None:
-    cost = block_cost(parameters=1000, kv_values_per_token=2 * 3 * 64, cache_tokens=16, itemsize=2)
+    cost = block_cost(
+        weight_bytes=2000, kv_values_per_token=2 * 3 * 64, cache_tokens=16, itemsize=2
+    )
     assert cost == BlockCost(weight_bytes=2000, cache_bytes=2 * 3 * 64 * 16 * 2)
 
 

@@ -227,7 +227,7 @@ class StubbornSource:
 
     def __init__(self, source: FakeSource, broken: Span) -> None:
         self.config, self.model_id = source.config, source.model_id
-        self.block_parameters = source.block_parameters
+        self.block_bytes = source.block_bytes
         self.broken = broken
 
     def load_span(

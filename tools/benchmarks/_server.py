@@ -1,6 +1,6 @@
 """One server in a process of its own, as benchmarks need it: real blocks, or identities.
 
-    python _server.py SPAN DTYPE KIND [PEER]      KIND: real or identity
+    python _server.py SPAN DTYPE KIND [PEER]      KIND: real or identity; DTYPE also int8, int4
 
 Prints one line with its address when it serves, and ends when its standard input closes.
 With KIND identity the blocks return what they are given and everything else is real: what is then
@@ -9,6 +9,7 @@ left of a step's time is what the software costs per hop.
 
 import asyncio
 import sys
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from p2pllm.identity import Identity
 from p2pllm.loops import new_event_loop
 from p2pllm.model.checkpoint import open_checkpoint
 from p2pllm.model.config import ModelConfig
-from p2pllm.model.device import choose_device, choose_dtype
+from p2pllm.model.device import Compute
 from p2pllm.model.hub import DEFAULT_MODEL, resolve_model
 from p2pllm.model.kv_cache import KVCache, Rows
 from p2pllm.model.span_model import SpanCompute
@@ -31,14 +32,21 @@ from p2pllm.spans import Span
 LAB_DHT = DhtConfig(max_per_group_in_bucket=0, max_per_group_in_table=0)
 
 
+def settings_of(name: str) -> ServerConfig:
+    """A server's settings by the name of a dtype or of a quantization scheme."""
+    if name in ("int8", "int4"):
+        return ServerConfig(quantize=name, device="cpu")
+    return ServerConfig(dtype=name, device="cpu")
+
+
 class IdentitySpan:
     """Blocks that do nothing; the cache is a real one of one block, and stays empty."""
 
-    def __init__(self, config: ModelConfig, span: Span, dtype_name: str) -> None:
+    def __init__(self, config: ModelConfig, span: Span, settings: ServerConfig) -> None:
         self.config = config
         self.span = span
-        self.device = choose_device("cpu")
-        self.dtype = choose_dtype(dtype_name, self.device)
+        compute = Compute.of(settings)
+        self.device, self.dtype = compute.device, compute.dtype
 
     def make_cache(self, num_pages: int, page_tokens: int) -> KVCache:
         return KVCache(
@@ -69,7 +77,7 @@ class IdentitySource(CheckpointSource):
         on_progress: LoadProgress | None,
         loaded: SpanCompute | None = None,
     ) -> SpanCompute:
-        return IdentitySpan(self.config, span, settings.dtype)
+        return IdentitySpan(self.config, span, settings)
 
 
 async def serve(span: Span, dtype: str, kind: str, peers: list[str]) -> None:
@@ -79,7 +87,7 @@ async def serve(span: Span, dtype: str, kind: str, peers: list[str]) -> None:
         net=NetConfig(network_id="bench", listen_host="127.0.0.1", listen_port=0),
         dht=LAB_DHT,
         peers=parse_many(peers),
-        server=ServerConfig(dtype=dtype, cache_tokens=16_384),
+        server=replace(settings_of(dtype), cache_tokens=16_384),
     )
     async with Server.open(
         config, Identity.generate(), source, BlockChoice(span), network=TcpNetwork()

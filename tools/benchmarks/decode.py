@@ -1,8 +1,9 @@
 """One stream of tokens through two servers on loopback, beside the whole model in one process.
 
 For each dtype: rounds of a local `transformers` generation and a generation through the swarm, one
-after the other, and the medians of both. Then the overhead per hop, with servers whose blocks are
-identities: (time per token - the client's own work) / hops.
+after the other, and the medians of both. Servers may also hold their weights in int8 or int4; the
+client and the baseline are then in bfloat16. Then the overhead per hop, with servers whose blocks
+are identities: (time per token - the client's own work) / hops.
 """
 
 import argparse
@@ -24,6 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=128, help="generated per round")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median is taken")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--no-overhead", action="store_true", help="real blocks only")
     parser.add_argument("--hops", type=int, default=2, help="servers, with equal spans")
 
 
@@ -32,19 +34,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "tokens": args.tokens,
         "hops": args.hops,
         "decode": {dtype: _compare(dtype, args) for dtype in args.dtypes},
-        "overhead": {dtype: _overhead(dtype, args) for dtype in args.dtypes},
+        "overhead": {
+            dtype: _overhead(dtype, args)
+            for dtype in args.dtypes
+            if not (args.no_overhead or dtype.startswith("int"))
+        },
     }
 
 
 def _compare(dtype: str, args: argparse.Namespace) -> dict[str, float]:
     """Tokens per second of both, measured in turn, and their ratio."""
-    with _process("_local.py", dtype) as local, _servers(dtype, "real", args.hops) as peers:
+    baseline = "bfloat16" if dtype.startswith("int") else dtype
+    with _process("_local.py", baseline) as local, _servers(dtype, "real", args.hops) as peers:
         local_s, swarm_s, own_s = [], [], []
 
         def between() -> None:
             local_s.append(float(_ask(local, str(args.tokens))))
 
-        for result in _generate(peers, dtype, args.tokens, args.rounds, between):
+        for result in _generate(peers, baseline, args.tokens, args.rounds, between):
             swarm_s.append(result.tpot_s)
             own_s.append(result.own_s_per_token)
     local, swarm = statistics.median(local_s), statistics.median(swarm_s)

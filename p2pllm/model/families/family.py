@@ -7,9 +7,10 @@ from torch import Tensor
 
 from p2pllm.model.block import Block
 from p2pllm.model.config import ModelConfig
+from p2pllm.model.quantize import Codes
 
 Shapes = dict[str, tuple[int, ...]]
-Weights = Mapping[str, Tensor]
+Weights = Mapping[str, Tensor | Codes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,8 @@ class Family:
     """Names and shapes of a family's tensors, and the making of its blocks.
 
     `block_prefix` is formatted with the block's number; names in `block_shapes` and in the weights
-    given to `build_block` are what follows it ("self_attn.q_proj.weight").
+    given to `build_block` are what follows it ("self_attn.q_proj.weight"). A block's matrices may
+    be quantized: all of them, or none.
     """
 
     block_prefix: str

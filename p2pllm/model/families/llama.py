@@ -5,11 +5,13 @@ window are settings of the config.
 """
 
 import torch
+from torch import Tensor
 
 from p2pllm.model.block import Block
 from p2pllm.model.config import ModelConfig
 from p2pllm.model.families.family import Family, Shapes, Weights
-from p2pllm.model.layers import Linear, RmsNorm
+from p2pllm.model.layers import RmsNorm
+from p2pllm.model.quantized_linear import Projection, projection
 
 
 def _block_shapes(config: ModelConfig) -> Shapes:
@@ -37,21 +39,28 @@ def _build_block(config: ModelConfig, weights: Weights) -> Block:
     return Block(
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
-        attention_norm=RmsNorm(weights["input_layernorm.weight"], config.norm_eps),
+        attention_norm=RmsNorm(_vector(weights, "input_layernorm.weight"), config.norm_eps),
         qkv=_fused(weights, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         out=_fused(weights, "self_attn.o_proj"),
-        mlp_norm=RmsNorm(weights["post_attention_layernorm.weight"], config.norm_eps),
+        mlp_norm=RmsNorm(_vector(weights, "post_attention_layernorm.weight"), config.norm_eps),
         gate_up=_fused(weights, "mlp.gate_proj", "mlp.up_proj"),
         down=_fused(weights, "mlp.down_proj"),
     )
 
 
-def _fused(weights: Weights, *names: str) -> Linear:
+def _fused(weights: Weights, *names: str) -> Projection:
     """Layers that read the same input, as one. They have biases all or none."""
-    weight = torch.cat([weights[f"{name}.weight"] for name in names])
-    if f"{names[0]}.bias" not in weights:
-        return Linear(weight)
-    return Linear(weight, torch.cat([weights[f"{name}.bias"] for name in names]))
+    bias = None
+    if f"{names[0]}.bias" in weights:
+        bias = torch.cat([_vector(weights, f"{name}.bias") for name in names])
+    return projection([weights[f"{name}.weight"] for name in names], bias)
+
+
+def _vector(weights: Weights, name: str) -> Tensor:
+    """A gain or a bias, which nobody quantizes."""
+    vector = weights[name]
+    assert isinstance(vector, Tensor)
+    return vector
 
 
 LLAMA = Family(
