@@ -7,9 +7,11 @@ import pytest
 
 from p2pllm.client.generation import Generation
 from p2pllm.client.model import SwarmModel
+from p2pllm.client.moves import FASTER
 from p2pllm.client.results import Recovered
 from p2pllm.client.routes import ModelRoutes
 from p2pllm.config import ClientConfig, ServerConfig
+from p2pllm.sim.fake_model import FakeDevice
 from p2pllm.sim.loop import run
 from p2pllm.sim.swarm import SimServer, SimSwarm
 from p2pllm.spans import Span
@@ -191,3 +193,37 @@ def test_a_session_that_was_evicted_is_built_again() -> None:
                     assert (await session.step(list(b"def"))).equal(first[3:])
 
     run(main())
+
+
+def test_a_server_that_becomes_slow_is_left_for_a_faster_one_in_the_middle_of_a_text() -> None:
+    """Nothing fails: the route is only not what was planned any more."""
+    num_tokens, honest = 200, ServerConfig(cache_tokens=4096)  # it measures its device
+
+    async def main() -> None:
+        async with SimSwarm(num_blocks=6) as swarm:
+            servers, devices = [], {}
+            for span in (*THIRDS, *THIRDS):
+                device = FakeDevice(block_s=0.002)
+                servers.append(await swarm.add_server(span, honest, device_s=0.0, device=device))
+                devices[servers[-1].host] = device
+            await asyncio.sleep(SETTLED_S)
+            async with swarm.client() as model:
+                generation = await begun_long(model, num_tokens)
+                slow = hop(generation, servers, 1)
+                devices[slow.host].block_s = 0.05
+                (result,) = await generation.finish()
+
+                assert result.token_ids == swarm.expected(PROMPT, num_tokens)
+                (move,) = result.recoveries
+                assert [peer for peer, _ in move.lost] == [slow.server.node.peer_id]
+                assert move.reason == FASTER
+
+    run(main())
+
+
+async def begun_long(model: SwarmModel, num_tokens: int) -> Generation:
+    """A generation that has come so far that its route was found to be as predicted."""
+    generation = model.generate(PROMPT, max_new_tokens=num_tokens)
+    for _ in range(40):
+        await anext(generation)
+    return generation
