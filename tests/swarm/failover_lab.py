@@ -85,6 +85,7 @@ class FailoverLab:
     generation: Generation | None = None
     replanned: list[tuple[Hop, ...]] = field(default_factory=list)  # what gaps were planned with
     healing: list[asyncio.Task[None]] = field(default_factory=list)
+    cuts: list[tuple[str, str]] = field(default_factory=list)  # of lines
     _identities: dict[PeerId, Identity] = field(default_factory=dict)
     _adding: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -180,6 +181,7 @@ class FailoverLab:
     def cut(self, host: str, others: Sequence[str], for_s: float | None) -> None:
         for other in others:
             self.swarm.internet.partition(host, other)
+            self.cuts.append((host, other))
         self.healing.append(asyncio.ensure_future(self._heal(host, others, for_s)))
 
     async def _heal(self, host: str, others: Sequence[str], after_s: float | None) -> None:
@@ -203,6 +205,9 @@ class FailoverLab:
             task.cancel()
         await asyncio.gather(*self.healing, return_exceptions=True)
         self.healing.clear()
+        for host, other in self.cuts:  # also those whose task was cancelled before it began
+            self.swarm.internet.heal(host, other)
+        self.cuts.clear()
 
     # --- generations --------------------------------------------------------------------------
 

@@ -22,17 +22,19 @@ def acting_at(num_turns: int, act: Callable[[], object]) -> Iterator[Turns]:
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
     turns, turn = Turns(), loop._run_once  # type: ignore[attr-defined]
+    is_over = False  # the block may end in the midst of a turn
 
     def counted() -> None:
         turn()
         turns.count += 1
-        if turns.count == num_turns:
+        if turns.count == num_turns and not is_over:
             act()
 
     loop._run_once = counted  # type: ignore[attr-defined]
     try:
         yield turns
     finally:
+        is_over = True
         loop._run_once = turn  # type: ignore[attr-defined]
 
 
