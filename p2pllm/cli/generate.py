@@ -70,7 +70,7 @@ class Question:
 @option("--ignore-eos", is_flag=True, help="Go on when the model wants to end.")
 @option(
     "--save",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
     metavar="FILE",
     help="Keep the tokens there, also if the answer breaks off: --resume goes on with them.",
 )
@@ -82,7 +82,7 @@ class Question:
 )
 @option(
     "--trace",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
     metavar="FILE",
     help="Write there where the time of each token goes; `p2pllm trace FILE` draws it.",
 )
@@ -118,6 +118,9 @@ def command(
       p2pllm generate --peers HOST:PORT --save story.json "Once upon a time"
       p2pllm generate --peers HOST:PORT --resume story.json
     """
+    for file in (save, trace):  # rather now than when the answer is there
+        if file is not None and not file.parent.is_dir():
+            raise click.UsageError(f"there is no directory {str(file.parent)!r}", ctx)
     config = asking_node(ctx, network, client_settings(use))
     question = Question(
         _prompt(ctx, prompt) if resume is None else _saved(ctx, resume, prompt),
@@ -152,7 +155,7 @@ def _saved(ctx: click.Context, file: Path, prompt: str | None) -> "SavedSession"
         raise click.UsageError("give a PROMPT or --resume, not both", ctx)
     from p2pllm.client.generation import SavedSession
 
-    return SavedSession.from_json(file.read_text())
+    return SavedSession.from_json(file.read_text(errors="replace"))
 
 
 async def _generate(

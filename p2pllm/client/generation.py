@@ -101,7 +101,10 @@ class SavedSession:
             tokens = tuple(int(token) for token in value["token_ids"])
             return cls(model, tokens, int(value["max_tokens"]))
         except (ValueError, KeyError, TypeError) as exc:
-            raise ConfigError(f"not a saved session: {exc}") from exc
+            raise ConfigError(
+                "this is no saved session; `p2pllm generate --save FILE` makes one "
+                f"({type(exc).__name__}: {exc})"
+            ) from exc
 
 
 class Session:

@@ -208,3 +208,12 @@ def test_the_chain_can_be_switched_off_in_the_file_and_by_environment(
     assert asked.use.is_chained is False
     ask(terminal, *PEERS, env={"P2PLLM_CHAIN": "1"})
     assert asked.use.is_chained is True
+
+
+@pytest.mark.parametrize("flag", ["--save", "--trace"])
+def test_a_file_that_cannot_be_written_is_told_of_before_anything_is_generated(
+    terminal: Terminal, asked: Asked, tmp_path: Path, flag: str
+) -> None:
+    result = terminal.type("generate", "hi", *PEERS, flag, str(tmp_path / "nowhere" / "file"))
+    assert result.exit_code == 2
+    assert "no directory" in result.stderr

@@ -50,6 +50,10 @@ def missing(nodes: list[NodeProcess]) -> tuple[Span, ...]:
 
 
 def seconds_until(is_so: Callable[[], bool], limit_s: float) -> float:
+    """How long it takes until something holds that other processes bring about.
+
+    They tell of it by a file, so it is looked at again and again; what is asserted is the limit.
+    """
     started = time.monotonic()
     while not is_so():
         assert time.monotonic() - started < limit_s
