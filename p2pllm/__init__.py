@@ -16,10 +16,12 @@ from p2pllm.version import __version__
 
 __all__ = ["Swarm", "SwarmModel", "__version__", "connect"]
 
-# OpenMP reads this when torch is loaded. Its threads spin between products by default; where
-# several processes share the cores (servers on one machine), they then spin on the core that
-# another one needs, and a step takes tens of times as long. Sleeping costs microseconds.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP reads this when torch is loaded. By default its threads spin for milliseconds after each
+# product: where several processes share the cores they then spin on the core that another one
+# needs, and a step takes tens of times as long. Sleeping at once costs a wake-up per product, half
+# of a decode step. This many turns last from one product of a step to the next, and no longer.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 if TYPE_CHECKING:
     from p2pllm.client.client import Swarm, connect

@@ -8,6 +8,7 @@ Flags, environment and file are read by `p2pllm.cli`, which builds these.
 from dataclasses import dataclass, field
 
 from p2pllm.addresses import Address
+from p2pllm.errors import ConfigError
 
 DEFAULT_NETWORK = "main"
 DEFAULT_PORT = 31337
@@ -94,15 +95,18 @@ class ServerConfig:
 
     dtype: str = "auto"  # float32 on CPU without fast bfloat16, else bfloat16
     quantize: str = "none"  # how blocks' matrices are held: none, int8, int4
-    device: str = "auto"
+    kv_bits: int = 16  # of cached keys and values: 16 is the compute type's own, or 8
+    device: str = "auto"  # several with commas between, or "all": parts of the span on each
+    load: str = "checkpoint"  # or "dummy": random weights of the model's shape, to measure with
     cache_tokens: int = 16_384  # tokens in the K/V cache, over all sessions: 8 of 2048 each
     max_sessions: int = 256
     max_tokens_per_session: int = 8192
     max_tokens_per_peer: int = 0  # 0: a quarter of cache_tokens while others wait
     lease_s: float = 60.0  # a session unused for so long may be dropped
-    prefill_chunk_tokens: int = 256  # a decode step waits for at most one chunk
+    prefill_chunk_tokens: int = 256  # less while others decode
     batch_tokens: int = 512  # tokens computed in one go
     max_queue_steps: int = 1024
+    max_forward_tokens: int = 8192  # of one request without a session (training, scoring)
     public_name: str = ""
     allow: frozenset[str] = frozenset()  # PeerIds; empty: everyone
     block: frozenset[str] = frozenset()
@@ -115,10 +119,14 @@ class ClientConfig:
     """How a client uses the swarm."""
 
     dtype: str = "auto"
+    device: str = "auto"  # of embedding and head; auto is the CPU, where a GPU may serve blocks
+    load: str = "checkpoint"  # or "dummy", as servers do
     wire_codec: str = "auto"  # raw, bf16, int8, auto
     view_refresh_s: float = 15.0  # half of it at most in age when a route is planned
     is_chained: bool = True  # servers push to each other; else all goes through the client
+    is_prefix_shared: bool = True  # sequences that begin alike are computed once
     prefill_chunk_tokens: int = 256
+    micro_batch_tokens: int = 512  # of a batch without sessions, sent together
     open_timeout_s: float = 10.0
     step_timeout_s: float = 60.0
     patience_s: float = 60.0  # for free cache or a missing block to appear
@@ -138,3 +146,11 @@ class NodeConfig:
     table_path: str = ""  # where the routing table is kept between runs; empty: nowhere
     server: ServerConfig = field(default_factory=ServerConfig)
     client: ClientConfig = field(default_factory=ClientConfig)
+
+
+def device_names(text: str) -> tuple[str, ...]:
+    """The devices that "cuda:0,cuda:1" names; raises ConfigError for an empty name."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise ConfigError(f"not a list of devices: {text!r}; write for example cuda:0,cuda:1")
+    return names

@@ -1,6 +1,6 @@
 """Span: a half-open range of transformer blocks, `[start, stop)`."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from p2pllm.errors import ConfigError
@@ -64,3 +64,13 @@ def uncovered(whole: Span, parts: Iterable[Span]) -> tuple[Span, ...]:
     if reached < whole.stop:
         missing.append(Span(reached, whole.stop))
     return tuple(missing)
+
+
+def cut(span: Span, sizes: Sequence[int]) -> tuple[Span, ...]:
+    """Consecutive spans of so many blocks each, which are all of `span` together."""
+    assert sum(sizes) == len(span)
+    spans, start = [], span.start
+    for size in sizes:
+        spans.append(Span(start, start + size))
+        start += size
+    return tuple(spans)

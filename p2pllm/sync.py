@@ -124,6 +124,14 @@ class SyncModel:
         """Logits (T, V) of a token sequence."""
         return self._portal.run(self._model.forward(token_ids))
 
+    def hidden_states(self, prompts: "Sequence[Prompt]", **options: Any) -> "list[Tensor]":
+        """The last block's outputs (T, D) of whole sequences."""
+        return self._portal.run(self._model.hidden_states(prompts, **options))
+
+    def forward_hidden(self, hidden: "Sequence[Tensor]", **options: Any) -> "list[Tensor]":
+        """The same from hidden states (T, D) of each sequence."""
+        return self._portal.run(self._model.forward_hidden(hidden, **options))
+
     def view(self) -> "SwarmView":
         """The servers of this model as they are now."""
         return self._portal.run(self._model.view())

@@ -34,15 +34,15 @@ IO = {
     "model/hub", "model/executor", "dht/node", "swarm/tracker", "swarm/node",
     "server/worker", "server/throughput", "server/handlers", "server/announcer", "server/server",
     "server/balancer", "server/serving",
-    "server/admission", "server/outbox", "server/handover",
-    "client/session", "client/exchange", "client/generate", "client/model",
+    "server/admission", "server/outbox", "server/handover", "server/forwarding",
+    "client/session", "client/exchange", "client/generate", "client/model", "client/compute",
     "client/moves", "client/recovery", "client/replacement", "client/routes", "client/client",
-    "client/generation",
+    "client/generation", "client/forwarding",
     "sync", "sim", "cli",
 }  # fmt: skip
 TORCH = {
-    "model", "server/worker", "server/throughput", "sync",
-    "client/compute", "client/generate", "client/generation", "client/model",
+    "model", "server/worker", "server/throughput", "server/forwarding", "sync",
+    "client/compute", "client/generate", "client/generation", "client/model", "client/forwarding",
     "sim/fake_model", "cli/doctor",
 }  # fmt: skip
 PURE_BUT = {  # root module -> who may import it

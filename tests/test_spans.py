@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pllm.errors import ConfigError
-from p2pllm.spans import Span, uncovered
+from p2pllm.spans import Span, cut, uncovered
 
 SPANS = st.tuples(st.integers(0, 20), st.integers(1, 20)).map(lambda s: Span(s[0], s[0] + s[1]))
 
@@ -65,3 +65,13 @@ def test_uncovered_is_what_is_left_in_maximal_spans(whole: Span, parts: list[Spa
 
     assert [b for span in missing for b in span] == sorted(set(whole).difference(*parts))
     assert all(a.stop < b.start for a, b in pairwise(missing))
+
+
+@given(st.integers(0, 50), st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_a_span_is_cut_into_consecutive_ones(start: int, sizes: list[int]) -> None:
+    span = Span(start, start + sum(sizes))
+
+    parts = cut(span, sizes)
+
+    assert [len(part) for part in parts] == sizes
+    assert [block for part in parts for block in part] == list(span)

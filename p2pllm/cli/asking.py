@@ -108,6 +108,7 @@ def as_json(result: "GenerationResult") -> dict[str, Any]:
             for hop in result.route
         ],
         "journal_peak_bytes": result.journal_peak_bytes,
+        "cached_prompt_tokens": result.cached_prompt_tokens,
         "recoveries": [
             {
                 "reason": repair.reason,

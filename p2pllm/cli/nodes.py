@@ -5,7 +5,7 @@ import logging
 import os
 import platform
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -128,15 +128,19 @@ def prepare_ready_file(path: Path | None) -> None:
 def write_ready_file(
     path: Path | None, node: "Node", model: str | None = None, blocks: "Span | None" = None
 ) -> None:
-    """Say, as JSON in a file that appears whole, that the node is ready."""
-    if path is None:
-        return
-    content = {
-        "peer_id": str(node.peer_id),
-        "addresses": [str(address) for address in node.addresses],
-        "model": model,
-        "blocks": None if blocks is None else str(blocks),
-    }
+    """Say that the node is ready, if there is a file to say it in."""
+    if path is not None:
+        content = {
+            "peer_id": str(node.peer_id),
+            "addresses": [str(address) for address in node.addresses],
+            "model": model,
+            "blocks": None if blocks is None else str(blocks),
+        }
+        write_ready(path, content)
+
+
+def write_ready(path: Path, content: Mapping[str, object]) -> None:
+    """Write it as JSON into a file that appears whole."""
     try:
         with tempfile.NamedTemporaryFile(
             "w", dir=path.parent, prefix=f".{path.name}.", delete=False

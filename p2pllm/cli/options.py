@@ -149,7 +149,9 @@ node_options = _together(
     "network",
     _SWARM,
     _PEERS,
-    option("--new-swarm", is_flag=True, help="Begin a new swarm, as its first node."),
+    option(
+        "--new-swarm/--no-new-swarm", default=False, help="Begin a new swarm, as its first node."
+    ),
     option(
         "--listen",
         type=LISTEN,

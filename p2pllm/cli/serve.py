@@ -1,7 +1,11 @@
 """`p2pllm serve`: a server of some blocks."""
 
 import asyncio
+import gc
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -24,9 +28,9 @@ from p2pllm.cli.options import (
     option,
 )
 from p2pllm.cli.params import PEER_ID, SIZE, SPAN, THROUGHPUT
-from p2pllm.cli.runner import GentleStop, serve_until_stopped
+from p2pllm.cli.runner import STOP_WITHIN_S, GentleStop, serve_until_stopped
 from p2pllm.cli.terminal import Activity, binary_size, tell
-from p2pllm.config import NodeConfig, ServerConfig
+from p2pllm.config import NodeConfig, ServerConfig, device_names
 from p2pllm.ids import PeerId
 from p2pllm.spans import Span
 
@@ -34,12 +38,23 @@ if TYPE_CHECKING:
     from p2pllm.identity import Identity
     from p2pllm.server.capacity import Capacity
     from p2pllm.server.server import Server
-    from p2pllm.server.source import CheckpointSource
+    from p2pllm.server.source import ModelSource
 
 DEFAULTS = ServerConfig()
 
 
-@click.command("serve")
+GIVEN = f"{__name__}.given"  # where a context has the arguments as they were typed
+
+
+class _RemembersArguments(click.Command):
+    """So that they can be given to other processes of the same command."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[GIVEN] = tuple(args)
+        return super().parse_args(ctx, args)
+
+
+@click.command("serve", cls=_RemembersArguments)
 @model_option
 @option(
     "--blocks",
@@ -59,7 +74,14 @@ DEFAULTS = ServerConfig()
     metavar="NAME",
     default="auto",
     show_default=True,
-    help="Where to compute: cpu, cuda, cuda:1 …",
+    help="Where to compute: cpu, cuda, cuda:1 …  Several with commas between, or all (GPUs), "
+    "hold a part of the blocks each.",
+)
+@option(
+    "--per-device/--no-per-device",
+    default=False,
+    help="A server in a process of its own for each device (ports count up, blocks and --memory "
+    "are shared out) instead of one over all of them.",
 )
 @option(
     "--dtype",
@@ -74,6 +96,21 @@ DEFAULTS = ServerConfig()
     default=DEFAULTS.quantize,
     show_default=True,
     help="Hold the blocks in 8 or 4 bits: less memory, more tokens per second, less exact.",
+)
+@option(
+    "--kv-bits",
+    type=click.Choice(("16", "8")),
+    default=str(DEFAULTS.kv_bits),
+    show_default=True,
+    help="Hold keys and values as they are computed, or in 8 bits: half the memory of bfloat16.",
+)
+@option(
+    "--load",
+    type=click.Choice(("checkpoint", "dummy")),
+    default=DEFAULTS.load,
+    show_default=True,
+    help="dummy: random weights of the shape in MODEL's config.json, to measure speed without "
+    "files; no swarm mixes them with the real model.",
 )
 @option(
     "--memory",
@@ -153,8 +190,11 @@ def command(
     num_blocks: int | None,
     network: NodeOptions,
     device: str,
+    per_device: bool,
     dtype: str,
     quantize: str,
+    kv_bits: str,
+    load: str,
     memory: int,
     cache_sessions: int,
     session_tokens: int,
@@ -178,6 +218,9 @@ def command(
       p2pllm serve --new-swarm --blocks 0:30
     Join one with the ten blocks that it needs most:
       p2pllm serve --peers 203.0.113.7:31337 --num-blocks 10
+    All GPUs as one server, or as one server each:
+      p2pllm serve --peers 203.0.113.7:31337 --device all
+      p2pllm serve --peers 203.0.113.7:31337 --device all --per-device
     """
     if blocks is not None and num_blocks is not None:
         raise click.UsageError("--blocks names blocks and --num-blocks counts them: give one", ctx)
@@ -186,6 +229,8 @@ def command(
     settings = ServerConfig(
         dtype=dtype,
         quantize=quantize,
+        kv_bits=int(kv_bits),
+        load=load,
         device=device,
         cache_tokens=cache_tokens or cache_sessions * session_tokens,
         max_sessions=max_sessions,
@@ -199,6 +244,9 @@ def command(
     config = _peers_explained(ctx, network, settings)
     prepare_ready_file(network.ready_file)
     wanted = _Wanted(model, blocks, num_blocks or 0, memory, session_tokens)
+    if per_device:
+        _serve_per_device(ctx, device, wanted, network, drain_timeout)
+        return
     stopping = GentleStop(drain_timeout)
     with Activity() as activity:
         activity.say("starting")
@@ -231,6 +279,40 @@ class _Wanted:
     session_tokens: int
 
 
+def _serve_per_device(
+    ctx: click.Context, device: str, wanted: _Wanted, network: NodeOptions, drain_timeout: float
+) -> None:
+    """Start this command again for each device, and look after them."""
+    from p2pllm.cli.supervisor import Supervisor, share_out
+
+    if network.announce:
+        raise click.UsageError(
+            "--announce is one address and --per-device makes several servers: start one for each "
+            "device, with a --listen and --announce of its own",
+            ctx,
+        )
+    shares = share_out(
+        _names_of(device),
+        network,
+        blocks=wanted.blocks,
+        num_blocks=wanted.num_blocks,
+        memory_bytes=wanted.memory_bytes,
+    )
+    stopping = GentleStop(drain_timeout + STOP_WITHIN_S)  # they take that long after draining
+    with tempfile.TemporaryDirectory(prefix="p2pllm-serve-") as directory:
+        supervisor = Supervisor(shares, ctx.meta[GIVEN], network, stopping, Path(directory))
+        serve_until_stopped(supervisor.run(), gently=stopping)
+
+
+def _names_of(device: str) -> Sequence[str]:
+    """The devices meant: all, if nobody says. Torch is only needed here to count GPUs."""
+    if device not in ("auto", "all"):
+        return device_names(device)
+    from p2pllm.model.device import all_device_names
+
+    return all_device_names()
+
+
 async def _serve(
     config: NodeConfig,
     identity: "Identity",
@@ -242,7 +324,7 @@ async def _serve(
     from p2pllm.net.tcp import TcpNetwork
     from p2pllm.server.server import BlockChoice, Server, check_choice
 
-    source = await asyncio.to_thread(_open_source, wanted.model, activity)
+    source = await asyncio.to_thread(_open_source, wanted.model, config.server, activity)
     memory = span_memory(network)
     choice = BlockChoice(
         wanted.blocks, wanted.num_blocks, wanted.memory_bytes, memory.read(source.model_id)
@@ -269,8 +351,12 @@ async def _serve(
         config, identity, source, choice, network=TcpNetwork(), on_progress=on_progress
     ) as server:
         activity.clear()
+        # What is there now stays: looking through all of it for garbage takes 50 ms, in which a
+        # token waits.
+        gc.collect()
+        gc.freeze()
         server.on_moved = on_moved
-        _describe(server, network, wanted.session_tokens)
+        _describe(server, network, config.server, wanted.session_tokens)
         note(server)
         await stopping.wait()
         await _drain(server, stopping.within_s, activity)
@@ -300,10 +386,14 @@ async def _tell_what_drains(server: "Server", timeout_s: float, activity: Activi
         await asyncio.sleep(1.0)
 
 
-def _describe(server: "Server", network: NodeOptions, session_tokens: int) -> None:
+def _describe(
+    server: "Server", network: NodeOptions, config: ServerConfig, session_tokens: int
+) -> None:
     offer, presence = server.offer, server.announcer.presence()
     node = server.node
     click.echo(f"Serving blocks {offer.span} of {offer.model} in {offer.numerics}")
+    if config.load == "dummy":
+        click.echo("  RANDOM WEIGHTS: only the speed means something, not the answers")
     click.echo(f"  peer     {node.peer_id}")
     click.echo(f"  join     {join_line(node.addresses, network.swarm)}")
     per_token_s = presence.seconds_per_block_1 * len(offer.span)
@@ -311,6 +401,9 @@ def _describe(server: "Server", network: NodeOptions, session_tokens: int) -> No
         f"  speed    {1 / per_token_s:.1f} tokens/s through these blocks, "
         f"{presence.prefill_tokens_s / len(offer.span):.0f} while reading a prompt"
     )
+    if len(server.parts) > 1:
+        parts = ", ".join(f"{blocks} on {device}" for device, blocks in server.parts)
+        click.echo(f"  devices  {parts}")
     click.echo(f"  cache    {presence.free_tokens} tokens")
     click.echo(f"  memory   {_memory_line(server.capacity, presence.free_tokens, session_tokens)}")
     click.echo("Ctrl-C stops.")
@@ -325,14 +418,14 @@ def _memory_line(capacity: "Capacity", cache_tokens: int, session_tokens: int) -
     )
 
 
-def _open_source(name: str, activity: Activity) -> "CheckpointSource":
-    from p2pllm.model.checkpoint import open_checkpoint
+def _open_source(name: str, settings: ServerConfig, activity: Activity) -> "ModelSource":
+    from p2pllm.model.device import Compute
     from p2pllm.model.hub import DEFAULT_MODEL, resolve_model
-    from p2pllm.server.source import CheckpointSource
+    from p2pllm.server.source import source_of
 
     def on_bytes(done: int, total: int) -> None:
         activity.on_bytes("fetching the model", done, total)
 
+    Compute.of(settings)  # a device that is not there is told of before anything is fetched
     name = name or DEFAULT_MODEL
-    checkpoint = open_checkpoint(resolve_model(name, progress=on_bytes))
-    return CheckpointSource(checkpoint, name, on_bytes)
+    return source_of(name, resolve_model(name, progress=on_bytes), settings, on_bytes)

@@ -7,6 +7,7 @@ async with p2pllm.connect(peers=["203.0.113.7:31337"]) as swarm:
 """
 
 import asyncio
+import os
 import random
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
@@ -19,19 +20,22 @@ from p2pllm.client.compute import ClientCompute
 from p2pllm.client.exchange import Exchange
 from p2pllm.client.journal import JournalStore
 from p2pllm.client.model import SwarmModel, TextTokenizer
+from p2pllm.client.prefixes import SECRET_BYTES
 from p2pllm.client.routes import ModelRoutes
 from p2pllm.client.spill import SpillFile
 from p2pllm.clock import Clock
-from p2pllm.config import DEFAULT_NETWORK, DhtConfig, NetConfig, NodeConfig
+from p2pllm.config import DEFAULT_NETWORK, ClientConfig, DhtConfig, NetConfig, NodeConfig
 from p2pllm.errors import ConfigError
 from p2pllm.identity import Identity
 from p2pllm.ids import ModelId
 from p2pllm.model.checkpoint import open_checkpoint
 from p2pllm.model.config import ModelConfig
-from p2pllm.model.device import choose_device, choose_dtype, wire_dtype_of
+from p2pllm.model.device import Compute, choose_device, choose_dtype, wire_dtype_of
+from p2pllm.model.dummy import TokenIds, dummy_edges, dummy_model_id, read_config
 from p2pllm.model.edges import EdgeCompute, Edges
 from p2pllm.model.executor import Executor, executor_or_thread
 from p2pllm.model.hub import DEFAULT_MODEL, resolve_model
+from p2pllm.model.quantize import Scheme
 from p2pllm.net.link import Network
 from p2pllm.net.tcp import TcpNetwork
 from p2pllm.swarm.announcements import ModelListing
@@ -53,16 +57,39 @@ class ModelParts:
     edges: EdgeCompute
 
 
-def _load_parts(name: str | None, dtype_name: str, on_progress: Progress | None) -> ModelParts:
+def _load_parts(
+    name: str | None, settings: ClientConfig, on_progress: Progress | None
+) -> ModelParts:
     """Fetch and load them; runs in the compute thread."""
-    path = resolve_model(name or "", edges=True, progress=on_progress)
+    compute, is_dummy = _compute_of(settings), settings.load == "dummy"
+    path = resolve_model(name or "", edges=not is_dummy, progress=on_progress)
+    if is_dummy:
+        return _dummy_parts(path, compute)
     checkpoint = open_checkpoint(path, name or DEFAULT_MODEL)
-    device = choose_device("cpu")
-    dtype = choose_dtype(dtype_name, device)
     edges = Edges.load(
-        checkpoint.config, checkpoint.edge_weights(dtype), dtype=dtype, device=device
+        checkpoint.config,
+        checkpoint.edge_weights(compute.dtype),
+        dtype=compute.dtype,
+        device=compute.device,
     )
     return ModelParts(checkpoint.model_id, checkpoint.config, checkpoint.tokenizer(), edges)
+
+
+def _dummy_parts(path: Path, compute: Compute) -> ModelParts:
+    """Random ones, of the shape that the config in a directory names."""
+    config = read_config(path)
+    edges = Edges.load(
+        config,
+        dummy_edges(config, compute.dtype, compute.device),
+        dtype=compute.dtype,
+        device=compute.device,
+    )
+    return ModelParts(dummy_model_id(config, path.name), config, TokenIds(config), edges)
+
+
+def _compute_of(settings: ClientConfig) -> Compute:
+    device = choose_device("cpu" if settings.device == "auto" else settings.device)
+    return Compute(device, choose_dtype(settings.dtype, device), Scheme.NONE)
 
 
 class Swarm:
@@ -77,8 +104,10 @@ class Swarm:
         self._rng = rng
         self._exchange = Exchange(node.endpoint)
         self._store = JournalStore(node.config.client.journal_bytes, SpillFile)
+        self._prefix_secret = os.urandom(SECRET_BYTES)
         self._trackers: dict[ModelId, SwarmTracker] = {}
-        self._following: list[asyncio.Task[None]] = []
+        self._computes: dict[ModelId, ClientCompute] = {}
+        self._serving: list[asyncio.Task[None]] = []  # one of each tracker and compute
 
     async def models(self) -> list[ModelListing]:
         """What the swarm's servers say they serve, one entry per server."""
@@ -93,11 +122,15 @@ class Swarm:
         ConfigError (unknown model) or CheckpointError.
         """
         settings = self.node.config.client
-        parts = await self._executor.run(lambda: _load_parts(name, settings.dtype, on_progress))
+        parts = await self._executor.run(lambda: _load_parts(name, settings, on_progress))
         return await self.use(parts)
 
     async def use(self, parts: ModelParts) -> SwarmModel:
-        """The model of parts that are loaded already."""
+        """The model of parts that are loaded already.
+
+        All generations with one model compute together, whoever has asked for it first: so its
+        first parts are the ones that count.
+        """
         settings = self.node.config.client
         tracker = self._trackers.get(parts.model_id)
         if tracker is None:
@@ -109,7 +142,8 @@ class Swarm:
                 settings,
                 self._rng,
             )
-            self._following.append(self._tasks.create_task(tracker.run()))
+            compute = self._computes[parts.model_id] = ClientCompute(parts.edges, self._executor)
+            self._serving += map(self._tasks.create_task, (tracker.run(), compute.run()))
         await tracker.refresh()
         wire_dtype = wire_dtype_of(parts.edges.dtype)
         routes = ModelRoutes(
@@ -129,10 +163,11 @@ class Swarm:
             model_id=parts.model_id,
             config=parts.config,
             tokenizer=parts.tokenizer,
-            compute=ClientCompute(parts.edges, self._executor),
+            compute=self._computes[parts.model_id],
             settings=settings,
             wire_dtype=wire_dtype,
             rng=self._rng,
+            prefix_secret=self._prefix_secret,
         )
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
@@ -143,8 +178,8 @@ class Swarm:
             work.close()
 
     def close(self) -> None:
-        """Stop following the models, and forget the journals."""
-        for task in self._following:
+        """Stop following the models and computing, and forget the journals."""
+        for task in self._serving:
             task.cancel()
         self._store.close()
 
@@ -155,6 +190,8 @@ async def connect(
     *,
     swarm: str = DEFAULT_NETWORK,
     dtype: str | None = None,
+    device: str | None = None,
+    load: str | None = None,
     wire_codec: str | None = None,
     config: NodeConfig | None = None,
     identity: Identity | None = None,
@@ -165,17 +202,20 @@ async def connect(
 ) -> AsyncIterator[Swarm]:
     """Join the swarm that `peers` (any members of it) belong to, as a client.
 
-    `dtype` is what the client computes in, `wire_codec` how hidden states travel ("raw", "bf16",
-    "int8" or "auto"). `config` gives everything else; without one, a client that is not listening
-    and has a new identity; where both name dtype or codec, the argument counts. Raises ConfigError
-    for a wrong address or no peer, PeerUnreachable if none answers. An error of the body is raised
-    as it is.
+    `dtype` is what the client computes in, `device` where it computes ("auto" is the CPU), `load`
+    what ("checkpoint", or "dummy": the random model of a directory's config), `wire_codec` how
+    hidden states travel ("raw", "bf16", "int8" or "auto"). `config` gives everything else; without
+    one, a client that is not listening and has a new identity; where both name one of these, the
+    argument counts. Raises ConfigError for a wrong address or no peer, PeerUnreachable if none
+    answers. An error of the body is raised as it is.
     """
     config = config or client_config(swarm)
     given = parse_many([peers] if isinstance(peers, str) else map(str, peers))
     settings = replace(
         config.client,
         dtype=dtype or config.client.dtype,
+        device=device or config.client.device,
+        load=load or config.client.load,
         wire_codec=wire_codec or config.client.wire_codec,
     )
     config = replace(config, peers=config.peers + given, client=settings)
@@ -198,11 +238,14 @@ async def connect(
 
 
 def _check(config: NodeConfig) -> None:
+    _compute_of(config.client)
     codecs = ["auto", *(codec.name.lower() for codec in TensorCodec)]
     if config.client.wire_codec not in codecs:
         raise ConfigError(
             f"no wire codec {config.client.wire_codec!r}; there are {', '.join(codecs)}"
         )
+    if config.client.load not in ("checkpoint", "dummy"):
+        raise ConfigError(f"no load {config.client.load!r}; there are checkpoint, dummy")
     if not config.peers and not (config.table_path and Path(config.table_path).exists()):
         raise ConfigError(
             "no peers given: name at least one member of the swarm, as HOST:PORT "

@@ -5,24 +5,32 @@ connection than the step left by, twice, or in parts (a server computes some row
 and the rest in the next). `Exchange` matches them by (peer, session, step) and hides all of it
 behind one awaitable call.
 
+Decode steps that several generations hand in within one turn of the event loop and that begin at
+the same hop leave as one message: the hops then compute and pass on one message too, and what comes
+back is divided here again.
+
 While a step is under way its hops are watched: one that dies, or falls silent, ends the wait at
 once (`StepFailed`) and not at the step's deadline. Echoes, the outputs that hops have passed to
 each other, go to whoever listens for the session.
 """
 
 import asyncio
+import itertools
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol, TypeVar
 
 from p2pllm.client.state import FIRST_STEP
 from p2pllm.errors import (
     REQUEST_ERRORS,
+    CodecError,
     ConnectionLost,
     DeadlineExceeded,
     P2PLLMError,
+    RemoteProtocolError,
     RequestFailed,
     StepFailed,
     TransportError,
@@ -32,12 +40,24 @@ from p2pllm.net.endpoint import Endpoint
 from p2pllm.net.frames import Priority
 from p2pllm.net.rpc import Request
 from p2pllm.tasks import task_group, together
-from p2pllm.wire.messages import Ack, HopFailed, HopTiming, Leaving, Message, Output, Row, Step
+from p2pllm.wire.messages import HopFailed, HopTiming, Leaving, Output, Row, Step
+from p2pllm.wire.rows import (
+    RowCoding,
+    assembled,
+    joined,
+    may_join_others,
+    messages_of,
+    row_coding,
+    split,
+)
 from p2pllm.wire.tensors import WireTensor
 
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 2.0  # to a hop that we were connected to a while ago
+MIN_BUDGET_S = 0.001  # 0 would mean "no deadline"
+
+OwnerT = TypeVar("OwnerT")
 
 StepKey = tuple[SessionId, int]  # with the step's number
 
@@ -86,17 +106,57 @@ class _Waiter:
     hops: frozenset[PeerId]  # any of them may say that it failed
     epochs: dict[StepKey, int]  # what an older route says of a step does not count
     missing: set[StepKey]
-    done: asyncio.Future[tuple[Part, ...]]
     parts: list[Part] = field(default_factory=list)
+    error: P2PLLMError | None = None
+    is_slow: bool = False  # it takes so long that something else should be prepared
+    wake: "asyncio.Future[None] | None" = None  # of the one who waits
 
     def wants(self, row: Row) -> bool:
-        """Is an output of that row an answer? Numbers of replays are used again, under other
-        epochs; those of steps are not, and whenever one was computed, it is the step."""
-        return row.step >= FIRST_STEP or row.epoch == self.epochs[row.session, row.step]
+        """Is an output of that row an answer that is missing? Numbers of replays are used again,
+        under other epochs; those of steps are not, and whenever computed, it is the step."""
+        key = (row.session, row.step)
+        return key in self.missing and (row.step >= FIRST_STEP or row.epoch == self.epochs[key])
 
     def fail(self, error: P2PLLMError) -> None:
-        if not self.done.done():
-            self.done.set_exception(error)
+        if self.missing and self.error is None:
+            self.error = error
+            self._wake_up()
+
+    def take(self, part: Part) -> None:
+        self.missing -= {(row.session, row.step) for row in part.rows}
+        self.parts.append(part)
+        if not self.missing:
+            self._wake_up()
+
+    def become_slow(self) -> None:
+        self.is_slow = True
+        self._wake_up()
+
+    def _wake_up(self) -> None:
+        if self.wake is not None and not self.wake.done():
+            self.wake.set_result(None)
+
+    async def done(self, *, until_slow: bool = False) -> bool:
+        """Wait for the answer; False if it has become slow before. Raises what it failed by."""
+        while self.missing and self.error is None and not (until_slow and self.is_slow):
+            self.wake = asyncio.get_running_loop().create_future()
+            await self.wake
+        if self.missing and self.error is not None:
+            raise self.error
+        return not self.missing
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaving:
+    """A step that leaves with others."""
+
+    waiter: _Waiter
+    step: Step
+    deadline: float
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.step.rows)
 
 
 class Exchange:
@@ -107,9 +167,11 @@ class Exchange:
         # Several by one key: a sequence may be rebuilt on two hops at once.
         self._waiters: dict[StepKey, list[_Waiter]] = {}
         self._listeners: dict[SessionId, SessionListener] = {}
-        endpoint.handle(Output, self._on_output)
-        endpoint.handle(HopFailed, self._on_failed)
-        endpoint.handle(Leaving, self._on_leaving)
+        # Decode steps that leave at the end of this turn of the loop, by first hop and coding.
+        self._leaving: dict[tuple[PeerId, RowCoding], list[_Leaving]] = {}
+        endpoint.handle_at_once(Output, self._on_output)
+        endpoint.handle_at_once(HopFailed, self._on_failed)
+        endpoint.handle_at_once(Leaving, self._on_leaving)
 
     def listen(self, session: SessionId, listener: SessionListener) -> None:
         """Tell `listener` what comes for a session besides the outputs of its steps."""
@@ -140,115 +202,149 @@ class Exchange:
         """
         loop = asyncio.get_running_loop()
         keys = {(row.session, row.step): row.epoch for row in step.rows}
-        done: asyncio.Future[tuple[Part, ...]] = loop.create_future()
-        waiter = _Waiter(hops[-1], frozenset(hops), keys, set(keys), done)
+        waiter = _Waiter(hops[-1], frozenset(hops), keys, set(keys))
         for key in keys:
             self._waiters.setdefault(key, []).append(waiter)
+        timers = [loop.call_later(timeout_s, _fail_late, waiter, hops, timeout_s)]
+        if hedge is not None:
+            timers.append(loop.call_later(hedge.after_s, waiter.become_slow))
         try:
             with ExitStack() as watches:
                 for hop in hops:
                     watches.enter_context(self._endpoint.watch(hop, _loses(waiter, hop)))
-                return await self._until_done(waiter, hops, step, timeout_s, priority, hedge)
-        except TimeoutError as exc:
-            names = ", ".join(hop.short for hop in hops)
-            raise DeadlineExceeded(f"{names} gave no output within {timeout_s:g} s") from exc
+                await self._send(waiter, hops, step, loop.time() + timeout_s, priority)
+                if not await waiter.done(until_slow=hedge is not None):
+                    assert hedge is not None
+                    await self._until_hedged(waiter, hedge)
+            return tuple(waiter.parts)
         finally:
+            for timer in timers:
+                timer.cancel()
             for key in keys:
                 self._waiters[key].remove(waiter)
                 if not self._waiters[key]:
                     del self._waiters[key]
-            if not waiter.done.cancel() and not waiter.done.cancelled():
-                waiter.done.exception()  # it may have failed while the push was under way
 
-    async def _reach(self, hops: Sequence[PeerId]) -> None:
-        """Be connected to them: they answer over connections that we have opened.
+    async def _until_hedged(self, waiter: _Waiter, hedge: Hedge) -> None:
+        """Prepare something else while we go on waiting."""
 
-        Raises StepFailed.
-        """
+        async def prepare() -> None:
+            await hedge.prepare()
+            waiter.fail(Interrupted("another server is ready to do it"))
+
+        async with task_group() as tasks:
+            preparing = tasks.create_task(prepare())
+            await waiter.done()
+            preparing.cancel()
+
+    async def _send(
+        self,
+        waiter: _Waiter,
+        hops: Sequence[PeerId],
+        step: Step,
+        deadline: float,
+        priority: Priority,
+    ) -> None:
+        """Let a step leave; whatever becomes of it, the waiter is told."""
+        for hop in hops:  # it was before we began to watch: nobody would tell us
+            if self._endpoint.is_suspected(hop):
+                waiter.fail(StepFailed(hop, ConnectionLost(f"{hop.short} has fallen silent")))
+                return
+        if not all(map(self._endpoint.is_connected, hops[1:])):
+            async with task_group() as tasks:
+                reaching = tasks.create_task(self._reach(waiter, hops[1:]))
+                losing = tasks.create_task(waiter.done())
+                await asyncio.wait([reaching, losing], return_when=asyncio.FIRST_COMPLETED)
+                reaching.cancel()
+                losing.cancel()
+        leaving, header = _Leaving(waiter, step, deadline), step.tensor.header
+        if priority is not Priority.DECODE or not may_join_others(header):
+            self._post(hops[0], [leaving], priority)
+            return
+        if not self._leaving:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._leaving.setdefault((hops[0], row_coding(header)), []).append(leaving)
+
+    def _flush(self) -> None:
+        """The turn is over: what begins at the same hop leaves together."""
+        leaving, self._leaving = self._leaving, {}
+        for (peer, _), steps in leaving.items():
+            for some in messages_of(steps, lambda each: each.num_tokens):
+                self._post(peer, some, Priority.DECODE)
+
+    def _post(self, peer: PeerId, steps: Sequence[_Leaving], priority: Priority) -> None:
+        steps = [each for each in steps if each.waiter.error is None]
+        if not steps:
+            return
+        now = asyncio.get_running_loop().time()
+        deadline = max(each.deadline for each in steps)
+        step = steps[0].step
+        if len(steps) > 1:
+            rows = tuple(row for each in steps for row in each.step.rows)
+            step = Step(rows, joined([each.step.tensor for each in steps]))
+        budget_s = max(deadline - now, MIN_BUDGET_S)
+
+        def on_end(exc: P2PLLMError | None) -> None:
+            if exc is not None:
+                for each in steps:
+                    each.waiter.fail(StepFailed(peer, exc))
+
+        self._endpoint.post(
+            peer,
+            replace(step, budget_s=budget_s),
+            on_end,
+            timeout_s=budget_s,
+            priority=priority,
+            is_patient=False,
+        )
+
+    async def _reach(self, waiter: _Waiter, hops: Sequence[PeerId]) -> None:
+        """Be connected to them: they answer over connections that we have opened."""
 
         async def connect(hop: PeerId) -> None:
             try:
                 await self._endpoint.connect(hop, timeout_s=CONNECT_TIMEOUT_S)
             except P2PLLMError as exc:
-                raise StepFailed(hop, exc) from exc
+                waiter.fail(StepFailed(hop, exc))
 
-        missing = [hop for hop in hops if not self._endpoint.is_connected(hop)]
-        if missing:
-            await together(map(connect, missing))
+        await together(connect(hop) for hop in hops if not self._endpoint.is_connected(hop))
 
-    async def _until_done(
-        self,
-        waiter: _Waiter,
-        hops: Sequence[PeerId],
-        step: Step,
-        timeout_s: float,
-        priority: Priority,
-        hedge: Hedge | None,
-    ) -> tuple[Part, ...]:
-        async with asyncio.timeout(timeout_s):
-            async with task_group() as tasks:
-                running = [tasks.create_task(self._push(waiter, hops, step, timeout_s, priority))]
-
-                def start_hedge() -> None:
-                    if hedge is not None:
-                        running.append(tasks.create_task(_hedged(waiter, hedge.prepare)))
-
-                after_s = hedge.after_s if hedge is not None else timeout_s
-                timer = asyncio.get_running_loop().call_later(after_s, start_hedge)
-                try:
-                    return await waiter.done
-                finally:
-                    timer.cancel()
-                    for task in running:  # the output says more than an acknowledgement
-                        task.cancel()
-
-    async def _push(
-        self,
-        waiter: _Waiter,
-        hops: Sequence[PeerId],
-        step: Step,
-        timeout_s: float,
-        priority: Priority,
-    ) -> None:
-        try:
-            for hop in hops:  # it was before we began to watch: nobody would tell us
-                if self._endpoint.is_suspected(hop):
-                    raise StepFailed(hop, ConnectionLost(f"{hop.short} has fallen silent"))
-            await self._reach(hops[1:])
-            await self._endpoint.push(
-                hops[0], step, timeout_s=timeout_s, priority=priority, is_patient=False
-            )
-        except StepFailed as exc:
-            waiter.fail(exc)
-        except P2PLLMError as exc:
-            waiter.fail(StepFailed(hops[0], exc))
-
-    async def _on_output(self, request: Request[Output]) -> Message:
+    def _on_output(self, request: Request[Output]) -> None:
         output = request.message
         if output.is_echo:
-            for listener in self._listening(row.session for row in output.rows):
-                listener.on_echo(request.peer, output)
-            return Ack()
-        found = {
-            waiter: None
-            for row in output.rows
-            for waiter in self._waiters.get((row.session, row.step), ())
-            if waiter.answerer == request.peer and waiter.wants(row)
-        }
-        for waiter in found:  # seldom two: a server never mixes the rows of two steps
-            _take(waiter, Part(output.rows, output.tensor, output.timings))
-        return Ack()
+            owners = {row.session: self._listeners.get(row.session) for row in output.rows}
+            for listener, part in _divided(output, lambda row: owners[row.session]):
+                listener.on_echo(request.peer, part)
+            return
+        for number in range(self._most_waiters(output)):  # seldom more than one
+            for waiter, part in _divided(output, partial(self._waiter_of, request.peer, number)):
+                if not all(map(waiter.wants, part.rows)):  # it could not be divided
+                    cause = RemoteProtocolError(f"{request.peer.short} answered with no such rows")
+                    waiter.fail(StepFailed(request.peer, cause))
+                else:
+                    waiter.take(Part(part.rows, part.tensor, part.timings))
 
-    async def _on_leaving(self, request: Request[Leaving]) -> Message:
+    def _most_waiters(self, output: Output) -> int:
+        keys = ((row.session, row.step) for row in output.rows)
+        return max((len(self._waiters.get(key, ())) for key in keys), default=0)
+
+    def _waiter_of(self, peer: PeerId, number: int, row: Row) -> _Waiter | None:
+        """The `number`-th of those who wait for a row, if it wants this one."""
+        waiters = self._waiters.get((row.session, row.step), ())
+        if number >= len(waiters):
+            return None
+        waiter = waiters[number]
+        return waiter if waiter.answerer == peer and waiter.wants(row) else None
+
+    def _on_leaving(self, request: Request[Leaving]) -> None:
         for listener in self._listening(request.message.sessions):
             listener.on_leaving(request.peer, request.message.deadline_s)
-        return Ack()
 
     def _listening(self, sessions: Iterable[SessionId]) -> set[SessionListener]:
         """Who owns any of these sessions."""
         return {self._listeners[session] for session in sessions if session in self._listeners}
 
-    async def _on_failed(self, request: Request[HopFailed]) -> Message:
+    def _on_failed(self, request: Request[HopFailed]) -> None:
         failed = request.message
         cls = REQUEST_ERRORS.get(failed.error, RequestFailed)
         cause = cls(
@@ -263,24 +359,49 @@ class Exchange:
             for waiter in self._waiters.get(key, ()):
                 if request.peer in waiter.hops and row.epoch >= waiter.epochs[key]:
                     waiter.fail(error)
-        return Ack()
+
+
+def _fail_late(waiter: _Waiter, hops: Sequence[PeerId], timeout_s: float) -> None:
+    names = ", ".join(hop.short for hop in hops)
+    waiter.fail(DeadlineExceeded(f"{names} gave no output within {timeout_s:g} s"))
 
 
 def _loses(waiter: _Waiter, hop: PeerId) -> Callable[[TransportError], None]:
     return lambda exc: waiter.fail(StepFailed(hop, exc))
 
 
-async def _hedged(waiter: _Waiter, prepare: Callable[[], Awaitable[None]]) -> None:
-    await prepare()
-    waiter.fail(Interrupted("another server is ready to do it"))
+def _divided(
+    output: Output, owner_of: Callable[[Row], OwnerT | None]
+) -> Iterator[tuple[OwnerT, Output]]:
+    """The parts of an output by whose they are; rows of nobody are left out.
 
-
-def _take(waiter: _Waiter, part: Part) -> None:
-    keys = {(row.session, row.step) for row in part.rows}
-    if not keys <= waiter.missing:  # a repeated output, or one that mixes steps
-        logger.debug("output ignored hop=%s rows=%d", waiter.answerer.short, len(part.rows))
+    If the tensor cannot be divided, everyone gets all of it, and will find fault with it.
+    """
+    owners = [owner_of(row) for row in output.rows]
+    found = dict.fromkeys(owner for owner in owners if owner is not None)
+    if len(found) == 1 and None not in owners:
+        yield next(iter(found)), output
         return
-    waiter.missing -= keys
-    waiter.parts.append(part)
-    if not waiter.missing and not waiter.done.done():
-        waiter.done.set_result(tuple(waiter.parts))
+    try:
+        rows, counts = split(output.tensor), _counts(output)
+    except CodecError:
+        for owner in found:
+            yield owner, output
+        return
+    stops = list(itertools.accumulate(counts))
+    for owner in found:
+        own = [index for index, each in enumerate(owners) if each is owner]
+        tensor = assembled([rows.cut(stops[i] - counts[i], stops[i]) for i in own])
+        yield owner, replace(output, rows=tuple(output.rows[i] for i in own), tensor=tensor)
+
+
+def _counts(output: Output) -> list[int]:
+    """How many tokens each row has in the tensor. Raises CodecError if there is no telling."""
+    num_rows = output.tensor.header.shape[0]
+    for counts in (
+        [row.num_outputs for row in output.rows],
+        [row.num_tokens for row in output.rows],
+    ):
+        if num_rows == sum(counts):
+            return counts
+    raise CodecError(f"{num_rows} rows of hidden states for {len(output.rows)} rows of a step")

@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from p2pllm.client.compute import ClientCompute, Drawing
+from p2pllm.client.prefixes import leaders
+from p2pllm.client.sequence import Sequence as TextSequence
 from p2pllm.client.session import Chain
 from p2pllm.client.state import SessionState
 from p2pllm.errors import LocalProtocolError
@@ -90,8 +92,44 @@ async def prefill(
                 [state], [len(chunk)], tensor, wanted, priority=Priority.PREFILL
             )
 
-    outputs = await together(send(chunk) for chunk in chunks)
+    try:
+        outputs = await together(send(chunk) for chunk in chunks)
+    finally:
+        if state.position < state.num_promised:  # other tokens may come in the place of these
+            state.break_promise()
     return outputs[-1:] if tail else outputs
+
+
+async def prefill_all(
+    chain: Chain,
+    compute: ClientCompute,
+    states: Sequence[SessionState],
+    sequences: Sequence[TextSequence],
+    *,
+    chunk_tokens: int,
+) -> list[WireTensor]:
+    """Send the prompts, or what the states lack of them, side by side; their last outputs.
+
+    One that begins like an earlier one waits for that, and begins with what the hops hold then.
+    """
+    prompts = [sequence.prompt_ids for sequence in sequences]
+    followed = leaders(prompts) if chain.sharing is not None else [None] * len(prompts)
+    is_through = [asyncio.Event() for _ in prompts]
+
+    async def prefill_one(index: int) -> WireTensor:
+        state, prompt, leader = states[index], prompts[index], followed[index]
+        is_late = leader is not None and state.position < leader[1]
+        if leader is not None and is_late:
+            await is_through[leader[0]].wait()
+        if is_late or not state.num_promised:
+            await chain.share(state, prompt)
+        sequences[index].num_cached = state.position
+        rest = prompt[state.position :]
+        (output,) = await prefill(chain, compute, state, rest, tail=1, chunk_tokens=chunk_tokens)
+        is_through[index].set()
+        return output
+
+    return await together(map(prefill_one, range(len(prompts))))
 
 
 async def generate(
@@ -106,23 +144,12 @@ async def generate(
 ) -> AsyncGenerator[dict[int, str], None]:
     """Generate until every sequence is finished; yields the new text by sequence index.
 
-    A state may hold the beginning of its prompt already (`state.position` tokens of it). Prompts
-    are prefilled side by side; the decode steps of all sequences that are not finished share one
-    message per hop.
+    A state may hold the beginning of its prompt already (`state.position` tokens of it). The
+    decode steps of all sequences that are not finished share one message per hop.
     """
     now = asyncio.get_running_loop().time
-    prefilled = await together(
-        prefill(
-            chain,
-            compute,
-            state,
-            drawing.sequence.prompt_ids[state.position :],
-            tail=1,
-            chunk_tokens=chunk_tokens,
-        )
-        for state, drawing in zip(states, drawings, strict=True)
-    )
-    outputs = [tensor for tensors in prefilled for tensor in tensors]
+    sequences = [drawing.sequence for drawing in drawings]
+    outputs = await prefill_all(chain, compute, states, sequences, chunk_tokens=chunk_tokens)
     active = list(range(len(states)))
     while True:
         started = now()

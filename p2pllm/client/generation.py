@@ -154,16 +154,25 @@ class Session:
         return logits
 
     async def feed(self, token_ids: Sequence[int]) -> None:
-        """Send the next tokens without asking what follows them."""
+        """Send the next tokens without asking what follows them.
+
+        After an error, or when cancelled, the session is where it was before.
+        """
         token_ids = self._model.encode(token_ids)
-        await prefill(
-            self.chain,
-            self._model.compute,
-            self.state,
-            token_ids,
-            tail=1,
-            chunk_tokens=self._model.settings.prefill_chunk_tokens,
-        )
+        before = self.position
+        try:
+            await self.chain.share(self.state, token_ids)
+            await prefill(
+                self.chain,
+                self._model.compute,
+                self.state,
+                token_ids[self.position - before :],
+                tail=1,
+                chunk_tokens=self._model.settings.prefill_chunk_tokens,
+            )
+        except BaseException:
+            self.rollback(before)
+            raise
         self.token_ids += token_ids
 
     def rollback(self, position: int) -> None:
@@ -325,6 +334,7 @@ class Generation:
                 event for event in self._record.events if isinstance(event, Recovered)
             ),
             journal_peak_bytes=chain.store.peak_bytes if chain else 0,
+            cached_prompt_tokens=sequence.num_cached,
         )
 
     def _report(self, hop: Hop) -> HopReport:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from p2pllm.client.compute import ClientCompute, Drawing
 from p2pllm.client.exchange import Exchange
+from p2pllm.client.forwarding import Forwarder, MakeInput
 from p2pllm.client.generate import Progress, generate
 from p2pllm.client.generation import (
     GenerateOptions,
@@ -34,12 +35,13 @@ from p2pllm.client.generation import (
 )
 from p2pllm.client.journal import JournalStore
 from p2pllm.client.moves import Mover
+from p2pllm.client.prefixes import PrefixKeys
 from p2pllm.client.recovery import Recovery
 from p2pllm.client.results import ChainEvent, GenerationResult
 from p2pllm.client.routes import ModelRoutes
 from p2pllm.client.sequence import Detokenizer
 from p2pllm.client.sequence import Sequence as TextSequence
-from p2pllm.client.session import Chain, Prospect
+from p2pllm.client.session import Chain, Prospect, Sharing
 from p2pllm.client.state import Hop, SessionState, WireFormat
 from p2pllm.config import ClientConfig
 from p2pllm.errors import (
@@ -58,11 +60,12 @@ from p2pllm.model.tensor_io import choose_codec
 from p2pllm.net.endpoint import Endpoint
 from p2pllm.routing.planner import Route, RouteRequest, plan
 from p2pllm.routing.trace import TraceWriter
+from p2pllm.spans import Span
 from p2pllm.swarm.timings import SegmentStep
 from p2pllm.swarm.tracker import SwarmTracker
 from p2pllm.swarm.view import SwarmView
 from p2pllm.wire.messages import MAX_ITEMS
-from p2pllm.wire.tensors import DType, TensorCodec
+from p2pllm.wire.tensors import DType, TensorCodec, WireTensor
 
 __all__ = ["GenerateOptions", "Generation", "Prompt", "SavedSession", "Session", "SwarmModel"]
 
@@ -113,8 +116,10 @@ class SwarmModel:
         settings: ClientConfig,
         wire_dtype: DType,
         rng: random.Random,
+        prefix_secret: bytes,
     ) -> None:
-        """`start` runs what nobody waits for in a task that somebody owns."""
+        """`start` runs what nobody waits for in a task that somebody owns. `prefix_secret` is for
+        `p2pllm.client.prefixes`."""
         self.endpoint = endpoint
         self.model_id = model_id
         self.config = config
@@ -126,7 +131,11 @@ class SwarmModel:
         self._store = store
         recovery = Recovery(routes, patience_s=settings.patience_s, rng=rng, start=start)
         self._mover = Mover(recovery, rng, start)
+        self._forwarder = Forwarder(
+            endpoint, routes, compute, model_id, settings, rng, self._wire_format
+        )
         self._wire_dtype = wire_dtype
+        self._prefix_keys = PrefixKeys(prefix_secret, model_id)
         self._rng = rng
 
     @property
@@ -256,7 +265,7 @@ class SwarmModel:
         new_tokens = max(sequence.max_new_tokens for sequence in sequences)
         request = self.routes.request(longest, new_tokens, len(sequences))
         counts = [len(s.prompt_ids) + s.max_new_tokens for s in sequences]
-        return await self.open(request, counts)
+        return await self.open(request, counts, [s.prompt_ids for s in sequences])
 
     def _reuse(self, session: Session, sequence: TextSequence) -> None:
         """Roll a session back to what it shares with a prompt; at least one token is left over."""
@@ -308,6 +317,48 @@ class SwarmModel:
         async with self.session(max_tokens=len(token_ids)) as session:
             return await session.step(token_ids)
 
+    # --- without a session -----------------------------------------------------------------
+
+    async def hidden_states(
+        self, prompts: Sequence[Prompt], *, span: Span | None = None
+    ) -> list[Tensor]:
+        """The last block's outputs (T, D) of whole sequences, each as if it were alone.
+
+        The blocks of `span` (None: all) see each sequence once and keep nothing: much quicker
+        than sessions where many texts are read and none is continued. Raises ConfigError,
+        NoRoute, LookupFailed, or what the servers said.
+        """
+        sequences = [self.encode(prompt) for prompt in prompts]
+
+        async def make(start: int, stop: int, wire: WireFormat) -> WireTensor:
+            packed = itertools.chain.from_iterable(sequences[start:stop])
+            return await self.compute.embed(list(packed), wire)
+
+        return await self._forward(list(map(len, sequences)), make, span)
+
+    async def forward_hidden(
+        self, hidden: Sequence[Tensor], *, span: Span | None = None
+    ) -> list[Tensor]:
+        """The same from hidden states: (T, D) of each sequence at the first block of `span`."""
+        width = self.config.hidden_size
+        if any(tensor.shape[1:] != (width,) for tensor in hidden):
+            raise ConfigError(f"hidden states of this model are (tokens, {width}) a sequence")
+
+        async def make(start: int, stop: int, wire: WireFormat) -> WireTensor:
+            return await self.compute.encode(hidden[start:stop], wire)
+
+        return await self._forward(list(map(len, hidden)), make, span)
+
+    async def _forward(
+        self, lengths: Sequence[int], make: MakeInput, span: Span | None
+    ) -> list[Tensor]:
+        whole = Span(0, self.config.num_blocks)
+        if not whole.covers(span or whole):
+            raise ConfigError(f"this model has blocks {whole}, not {span}")
+        if not all(lengths):
+            raise ConfigError("a sequence is empty; give at least one token")
+        return await self._forwarder.forward(lengths, make, span or whole)
+
     # --- routes --------------------------------------------------------------------------
 
     async def route(self, *, prompt_tokens: int = 128, new_tokens: int = 128) -> Route:
@@ -320,9 +371,12 @@ class SwarmModel:
         return self.tracker.view()
 
     async def open(
-        self, request: RouteRequest, max_tokens: Sequence[int]
+        self,
+        request: RouteRequest,
+        max_tokens: Sequence[int],
+        prompts: Sequence[Sequence[int]] = (),
     ) -> tuple[Chain, list[SessionState], Route]:
-        """Plan a route and open sessions of these sizes on it.
+        """Plan a route and open sessions of these sizes on it, for these prompts (`Chain.open`).
 
         Where that fails it tries elsewhere, and again for `patience_s`; then the last error is
         raised: NoRoute with the missing blocks, LookupFailed, or what the servers said.
@@ -338,7 +392,9 @@ class SwarmModel:
                 # If it goes to servers without free cache, there are no better ones: we wait there.
                 wait_s = max(view.by_peer[hop.peer_id].cache_wait_s for hop in route.hops)
                 patience_s = max(0.0, deadline - loop.time())
-                states = await chain.open(max_tokens, wait_s=min(wait_s, patience_s))
+                states = await chain.open(
+                    max_tokens, wait_s=min(wait_s, patience_s), prompts=prompts
+                )
             except (NoRoute, OpenFailed, LookupFailed) as exc:
                 pause_s = self._pause_after(exc, attempt, failed)
                 if loop.time() + pause_s > deadline:
@@ -374,7 +430,11 @@ class SwarmModel:
             repack=lambda rows, parts: self.compute.repack(rows, parts, wire),
             store=self._store,
             repairer=self._mover,
+            sharing=self._sharing(wire) if self.settings.is_prefix_shared else None,
         )
+
+    def _sharing(self, wire: WireFormat) -> Sharing:
+        return Sharing(self._prefix_keys, lambda token_ids: self.compute.embed(token_ids, wire))
 
     def _wire_format(self, hops: Sequence[Hop]) -> WireFormat:
         """The coding that the settings ask for; "auto" looks at size and slowest link."""

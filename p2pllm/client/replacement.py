@@ -6,8 +6,9 @@ sequences' inputs from the journals, as one prefill in chunks that follow each o
 the same steps serve a hop that died, one that is about to leave, one that is slow and one that has
 lost its cache.
 
-A journal may have a hole, where an echo was lost on its way. The hop before the hole is then asked
-to compute that stretch once more, in a copy of its session, and the copy is thrown away.
+A journal may have a hole, where an echo was lost on its way, or where the sequence began with what
+the hops held already. The hop before the hole is then asked to compute that stretch once more, in
+a copy of its session, and the copy is thrown away.
 """
 
 import asyncio
@@ -212,9 +213,7 @@ class Replacer:
         self, replacement: Replacement, state: SessionState, copy: Copy, start: int, stop: int
     ) -> None:
         first, chunk_tokens = replacement.first, self._chain.config.prefill_chunk_tokens
-        hole = state.journals[first].first_hole(start, stop)
-        if hole is not None:
-            await self._fill(state, first, hole, stop)
+        await self._fill_holes(state, first, start, stop)
         parts = state.journals[first].parts(start, stop, chunk_tokens)
         if copy.next_step:  # steps of an earlier replay may never have been sent
             copy.epoch = state.new_epoch()
@@ -243,17 +242,28 @@ class Replacer:
             if not is_last and row.position < copy.lowest_cut:
                 copy.journals[index].put(row.position, tensor)
 
+    async def _fill_holes(self, state: SessionState, hop: int, start: int, stop: int) -> None:
+        """Have all inputs [start, stop) of `hop` in its journal.
+
+        What the hops held when the sequence began is one hole, and usually the only one.
+        """
+        for end in (min(state.num_shared, stop), stop):
+            hole = state.journals[hop].first_hole(start, end)
+            if hole is not None:
+                await self._fill(state, hop, hole, end)
+
     async def _fill(self, state: SessionState, hop: int, start: int, stop: int) -> None:
         """Have the hop before compute the inputs [start, stop) of `hop` again."""
         before, journal = self._chain.hops[hop - 1], state.journals[hop - 1]
-        hole = journal.first_hole(start, stop)
-        if hole is not None:
-            await self._fill(state, hop - 1, hole, stop)
+        await self._fill_holes(state, hop - 1, start, stop)
         logger.info("journal filled hop=%s tokens=%d:%d", before.peer.short, start, stop)
         copy, epoch = SessionId(os.urandom(SESSION_ID_BYTES)), state.epoch
         chunk_tokens = self._chain.config.prefill_chunk_tokens
         try:
-            await self._copy(state, before.peer, copy, start)
+            if start:
+                await self._copy(state, before.peer, copy, start)
+            else:
+                await self._begin(state, before, copy, stop)
             position = start
             for number, chunk in enumerate(journal.read(start, stop, chunk_tokens)):
                 row = _row(copy, epoch, number, position, chunk, 0)
@@ -271,6 +281,18 @@ class Replacer:
             await self._chain.ask(peer, Rewire(copy, state.epoch))
         except P2PLLMError as exc:
             raise StepFailed(peer, exc) from exc
+
+    async def _begin(self, state: SessionState, hop: Hop, copy: SessionId, num_tokens: int) -> None:
+        """Open a session at one hop to compute a sequence's beginning. Raises StepFailed.
+
+        It needs less room than a fork, and the sequence need not be between steps.
+        """
+        request = self._chain.opening(state, hop, state.epoch, os.urandom(PUSH_TOKEN_BYTES))
+        request = replace(request, session=copy, max_tokens=num_tokens, wait_s=REOPEN_S)
+        try:
+            await self._chain.ask(hop.peer, request)
+        except P2PLLMError as exc:
+            raise StepFailed(hop.peer, exc) from exc
 
     # --- in the chain ------------------------------------------------------------------------
 

@@ -67,7 +67,8 @@ class GenerationResult:
     `ttft_s`: time to first token; `tpot_s`: mean time per output token after it; both in seconds,
     None while there is no such token. `own_s_per_token`: the client's own computation in each.
     `recoveries`: the repairs of its route, in order. `journal_peak_bytes`: the most memory that the
-    client's journals, of all its sequences, have taken so far.
+    client's journals, of all its sequences, have taken so far. `cached_prompt_tokens`: how many of
+    the prompt's the servers held already, of this session or of others that began alike.
     """
 
     text: str
@@ -81,6 +82,7 @@ class GenerationResult:
     route: tuple[HopReport, ...]
     recoveries: tuple[Recovered, ...] = ()
     journal_peak_bytes: int = 0
+    cached_prompt_tokens: int = 0
 
     @property
     def bytes_per_token_per_hop(self) -> float:

@@ -20,10 +20,13 @@ from p2pllm.metrics import MovingAverage
 from p2pllm.net.endpoint import Endpoint
 from p2pllm.routing.moving import should_move
 from p2pllm.routing.planner import Route, RouteRequest, plan
+from p2pllm.routing.request import Objective
+from p2pllm.spans import Span
 from p2pllm.swarm.timings import SegmentStep
 from p2pllm.swarm.tracker import SwarmTracker
 from p2pllm.swarm.view import SwarmView
 from p2pllm.tasks import together
+from p2pllm.wire.messages import HopTiming, Numerics
 from p2pllm.wire.records import Record
 
 logger = logging.getLogger(__name__)
@@ -55,6 +58,7 @@ class ModelRoutes:
         self._bytes_per_token = bytes_per_token
         self._kv_bytes = kv_bytes
         self._own_step_s = MovingAverage()
+        self._last_timings: tuple[HopTiming, ...] = ()  # of a message that has taught us
         self._records: dict[PeerId, tuple[bytes, float]] = {}  # signed, and when it was read
 
     # --- planning ----------------------------------------------------------------------------
@@ -92,6 +96,37 @@ class ModelRoutes:
             seed=int.from_bytes(self._endpoint.peer_id.key[:7], "big"),
         )
         return await self.hops(view, plan(view, request))
+
+    async def without_sessions(
+        self,
+        span: Span,
+        *,
+        num_tokens: int,
+        excluded: frozenset[PeerId],
+        numerics: Numerics | None,
+    ) -> tuple[Hop, ...]:
+        """Servers for a batch of so many tokens that goes through in micro-batches, once.
+
+        The quickest for that: its way is a prompt's, that we carry, and it needs no cache. Raises
+        NoRoute or LookupFailed.
+        """
+        view = await self.tracker.fresh_view()
+        request = RouteRequest(
+            prompt_tokens=num_tokens,
+            new_tokens=0,
+            max_tokens=1,
+            chunk_tokens=self._settings.micro_batch_tokens,
+            activation_bytes_per_token=self._bytes_per_token,
+            objective=Objective.FIRST_TOKEN,
+            span=span,
+            excluded=excluded,
+            numerics=numerics,
+            seed=int.from_bytes(self._endpoint.peer_id.key[:7], "big"),
+        )
+        return tuple(
+            Hop(hop.peer_id, hop.span, view.by_peer[hop.peer_id].presence.numerics)
+            for hop in plan(view, request).hops
+        )
 
     async def hops(self, view: SwarmView, route: Route) -> tuple[Hop, ...]:
         """A route's hops, with what they need to reach each other."""
@@ -197,6 +232,11 @@ class ModelRoutes:
         self._own_step_s.add(seconds)
 
     def on_segment(self, step: SegmentStep) -> None:
-        """A step teaches what links, queues and computation cost."""
-        if not step.is_replay:
+        """A step teaches what links, queues and computation cost.
+
+        Steps that travelled in one message say the same, once.
+        """
+        is_new = step.timings is not self._last_timings or not step.timings
+        if is_new and not step.is_replay:
+            self._last_timings = step.timings
             self.tracker.measurements.on_segment(step, asyncio.get_running_loop().time())

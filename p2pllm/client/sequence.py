@@ -42,6 +42,7 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish: Finish | None = None
+    num_cached: int = 0  # of the prompt's tokens: those that no server had to compute for it
     _held: str = ""  # decoded, not shown: may begin a stop string
 
     def push(self, token: int) -> str:

@@ -26,6 +26,7 @@ from typing import Protocol
 
 from p2pllm.client.exchange import Exchange, Hedge, Interrupted, Part
 from p2pllm.client.journal import JournalStore
+from p2pllm.client.prefixes import PrefixKeys, num_shareable
 from p2pllm.client.results import ChainEvent
 from p2pllm.client.retry import LatencyWindow
 from p2pllm.client.state import (
@@ -57,6 +58,7 @@ from p2pllm.routing.planner import Route, RouteRequest
 from p2pllm.swarm.timings import SegmentStep
 from p2pllm.tasks import task_group, to_the_end, together
 from p2pllm.wire.messages import (
+    PREFIX_TOKENS,
     Close,
     Echo,
     Fork,
@@ -83,6 +85,17 @@ REPLAY_STEP_S = 20.0  # for a chunk of a replay, and those before it; then other
 MAX_HEDGED_TOKENS = 8  # per sequence; longer steps differ too much for "slower than usual"
 
 Repack = Callable[[Sequence[Row], Sequence[Part]], Awaitable[WireTensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """What it takes to begin with what hops hold of a prompt.
+
+    `keys` name its pages. `embed` gives what the first hop would be sent of some tokens.
+    """
+
+    keys: PrefixKeys
+    embed: Callable[[Sequence[int]], Awaitable[WireTensor]]
 
 
 @dataclass
@@ -143,6 +156,7 @@ class Chain:
     on_segment: Callable[[SegmentStep], None] = lambda _: None
     on_event: Callable[[ChainEvent], None] = lambda _: None
     prospect: Prospect | None = None  # what was planned for it
+    sharing: Sharing | None = None  # None: every sequence is computed from its beginning
     version: int = 0
     states: dict[SessionId, SessionState] = field(default_factory=dict)
     broken_links: set[tuple[PeerId, PeerId]] = field(default_factory=set)
@@ -177,26 +191,40 @@ class Chain:
 
     # --- sessions --------------------------------------------------------------------------
 
-    async def open(self, max_tokens: Sequence[int], *, wait_s: float = 0.0) -> list[SessionState]:
+    async def open(
+        self,
+        max_tokens: Sequence[int],
+        *,
+        wait_s: float = 0.0,
+        prompts: Sequence[Sequence[int]] = (),
+    ) -> list[SessionState]:
         """Reserve room for sequences of these lengths on every hop, all at once.
 
-        Servers without free cache may let us wait for `wait_s`. Raises OpenFailed, with nothing
-        left open.
+        Servers without free cache may let us wait for `wait_s`. What all of them hold of a prompt
+        already, of other sequences of ours, the state begins with; the caller sends the rest of it
+        next. Raises OpenFailed, with nothing left open.
         """
         opened: list[SessionState] = []
 
-        async def open_one(count: int) -> SessionState:
+        async def open_one(count: int, prompt: Sequence[int]) -> SessionState:
             state = self._new_state(count)
             opened.append(state)
-            failures = await self.at_hops(
-                range(len(self.hops)), lambda index: self.open_at(state, index, wait_s=wait_s)
-            )
+            keys = self._promise(state, prompt)
+            version, held = self.version, [0] * len(self.hops)
+
+            async def open_hop(index: int) -> None:
+                reply = await self.open_at(state, index, wait_s=wait_s, prefix_keys=keys[index])
+                held[index] = reply.position
+
+            failures = await self.at_hops(range(len(self.hops)), open_hop)
             if failures:
                 raise OpenFailed(failures)
+            await self._begin_with(state, prompt, min(held), version)
             return state
 
+        prompts = prompts or [()] * len(max_tokens)
         try:
-            states = await together(map(open_one, max_tokens))
+            states = await together(map(open_one, max_tokens, prompts))
             await self.relay_broken_links(states)
         except BaseException:
             await self.close(opened)
@@ -215,23 +243,33 @@ class Chain:
         self.states[state.id] = state
         self.exchange.listen(state.id, self)
 
-    async def open_at(self, state: SessionState, index: int, *, wait_s: float = 0.0) -> Opened:
+    async def open_at(
+        self,
+        state: SessionState,
+        index: int,
+        *,
+        wait_s: float = 0.0,
+        prefix_keys: tuple[bytes, ...] = (),
+    ) -> Opened:
         """Open a session at a hop, or take it over there with what the state says now.
 
         A link that turns out to be broken is noted. Raises RequestFailed or TransportError.
         """
+        hop, request = self.hops[index], self._opening_at(state, index)
+        request = replace(request, wait_s=wait_s, prefix_keys=prefix_keys)
+        timeout_s = self.config.open_timeout_s + wait_s
+        opened = await self.ask(hop.peer, request, timeout_s=timeout_s)
+        if request.next_hop and opened.next_rtt_s < 0:
+            self.broken_links.add((hop.peer, self.hops[index + 1].peer))
+        return opened
+
+    def _opening_at(self, state: SessionState, index: int) -> Open:
         hop, is_pushing = self.hops[index], not self.is_relayed(index)
-        request = replace(
+        return replace(
             self.opening(state, hop, state.epoch, state.push_tokens[index]),
             next_hop=self.hops[index + 1].record if is_pushing else b"",
             next_token=state.push_tokens[index + 1] if is_pushing else b"",
-            wait_s=wait_s,
         )
-        timeout_s = self.config.open_timeout_s + wait_s
-        opened = await self.ask(hop.peer, request, timeout_s=timeout_s)
-        if is_pushing and opened.next_rtt_s < 0:
-            self.broken_links.add((hop.peer, self.hops[index + 1].peer))
-        return opened
 
     def opening(self, state: SessionState, hop: Hop, epoch: int, push_token: bytes) -> Open:
         """What opens a sequence at a hop, or takes it over; its outputs come back to us."""
@@ -248,6 +286,48 @@ class Chain:
             is_compressed=self.wire.is_compressed,
             echo=Echo.ALL,
         )
+
+    # --- prefixes that hops hold -------------------------------------------------------------
+
+    async def share(self, state: SessionState, prompt: Sequence[int]) -> None:
+        """Ask the hops what they hold by now of the prompt that is to be sent next.
+
+        Nothing is asked once a step was sent. A hop that does not answer, and a chain that is
+        repaired meanwhile, leave the sequence as it is: to share is never necessary.
+        """
+        keys = [] if state.has_begun else self._promise(state, prompt)
+        if not any(keys):
+            return
+        version, held = self.version, [state.position] * len(self.hops)
+
+        async def ask(index: int) -> None:
+            request = replace(self._opening_at(state, index), prefix_keys=keys[index])
+            held[index] = (await self.ask(self.hops[index].peer, request)).position
+
+        try:
+            await self.at_hops(range(len(self.hops)), ask)
+            await self._begin_with(state, prompt, min(held), version)
+        except BaseException:
+            state.break_promise()
+            raise
+
+    def _promise(self, state: SessionState, prompt: Sequence[int]) -> list[tuple[bytes, ...]]:
+        """The keys for each hop of what the sequence is about to begin with."""
+        if self.sharing is None:
+            return [()] * len(self.hops)
+        state.promise(num_shareable(prompt))
+        return self.sharing.keys.of(prompt, self.wire.codec, self.hops)
+
+    async def _begin_with(
+        self, state: SessionState, prompt: Sequence[int], num_held: int, version: int
+    ) -> None:
+        """Skip what all hops hold of a prompt, unless the chain has been repaired since."""
+        stop = min(num_held, state.num_promised) // PREFIX_TOKENS * PREFIX_TOKENS
+        if self.sharing is None or stop <= state.position:
+            return
+        tensor = await self.sharing.embed(prompt[state.position : stop])
+        if self.version == version and not self.lock.locked():
+            state.assume(tensor)
 
     async def relay_broken_links(self, states: Iterable[SessionState]) -> None:
         """Where a hop cannot reach the next one, all sequences come back to us from there.
@@ -286,6 +366,7 @@ class Chain:
             id=SessionId(os.urandom(SESSION_ID_BYTES)),
             journals=[journal.copy() for journal in source.journals],
             push_tokens=new_tokens(self.hops),
+            num_promised=0,
             copies=[],
             flights={},
             _rows={},

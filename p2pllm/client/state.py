@@ -98,11 +98,38 @@ class SessionState:
     position: int = 0
     epoch: int = 0
     newest_epoch: int = 0  # that was ever used, also by copies
+    num_promised: int = 0  # first tokens that the hops were told of, in this epoch
+    num_shared: int = 0  # those of them that were not sent
     next_step: int = FIRST_STEP
     copies: list[Copy] = field(default_factory=list)
     flights: dict[int, Flight] = field(default_factory=dict)  # by step number, oldest first
     _rows: dict[int, Row] = field(default_factory=dict)  # of the flights
     _echoing: OrderedDict[int, Row] = field(default_factory=OrderedDict)  # finished lately
+
+    @property
+    def has_begun(self) -> bool:
+        """Was any step of it sent?"""
+        return self.next_step != FIRST_STEP
+
+    def promise(self, num_tokens: int) -> None:
+        """The hops are told which tokens will come first; see `p2pllm.client.prefixes`."""
+        self.num_promised = num_tokens
+
+    def break_promise(self) -> None:
+        """Other tokens may come instead: under another epoch, in which nothing was promised."""
+        if self.num_promised:
+            self.num_promised = 0
+            self.epoch = self.new_epoch()
+
+    def assume(self, tensor: WireTensor) -> None:
+        """The hops hold the next tokens already. `tensor`: what the first one would be sent.
+
+        The other hops' inputs are holes in their journals. If they are needed, they are computed
+        again, each from those of the hop before it.
+        """
+        self.journals[0].put(self.position, tensor)
+        self.position += tensor.header.shape[0]
+        self.num_shared = self.position
 
     def depart(self, flight: Flight, row: Row) -> None:
         """A step leaves; the state moves on as if it were through."""
@@ -136,6 +163,9 @@ class SessionState:
 
     def rollback(self, position: int) -> None:
         """Forget all tokens from there on."""
+        if position < self.num_promised:
+            self.break_promise()
+        self.num_shared = min(self.num_shared, position)
         self.position = position
         for journal in self.journals:
             journal.truncate(position)

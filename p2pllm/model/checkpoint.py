@@ -66,6 +66,9 @@ class TensorSource(Protocol):
     def tokenizer_hash(self) -> bytes:
         """A digest of everything that decides what it does."""
 
+    def let_go(self) -> None:
+        """Keep nothing in memory of what was read; it can be read again."""
+
 
 def open_checkpoint(path: Path, name: str = "") -> "Checkpoint":
     """Open a Hugging Face directory or a `.gguf` file.
@@ -156,6 +159,10 @@ class Checkpoint:
     def edge_weights(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Embedding, final norm and, unless it is tied, the head, by their full names."""
         return self._read("", self._family.edge_shapes(self.config), dtype)
+
+    def let_go(self) -> None:
+        """Nobody reads for a while: keep nothing of the files in memory."""
+        self._source.let_go()
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer; takes a moment to build, so keep it."""

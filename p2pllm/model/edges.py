@@ -13,7 +13,9 @@ from torch import Tensor
 
 from p2pllm.model.config import ModelConfig
 from p2pllm.model.families import family_of
-from p2pllm.model.layers import Linear, RmsNorm
+from p2pllm.model.layers import RmsNorm
+from p2pllm.model.packed_linear import linear
+from p2pllm.model.quantized_linear import Projection
 from p2pllm.model.span_model import check_shapes
 
 
@@ -23,6 +25,10 @@ class EdgeCompute(Protocol):
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (N,) to hidden states (N, D)."""
 
@@ -31,11 +37,15 @@ class EdgeCompute(Protocol):
 
 
 class Edges:
-    """Embedding, final norm and LM head of a model, on one device in one dtype."""
+    """Embedding, final norm and LM head of a model, in one dtype; norm and head on one device.
 
-    def __init__(self, embedding: Tensor, norm: RmsNorm, head: Linear) -> None:
+    The embedding is always in the computer's memory. Looking rows up there takes no time, and what
+    is embedded is sent away from there: each lookup on a GPU would wait for it twice.
+    """
+
+    def __init__(self, embedding: Tensor, norm: RmsNorm, head: Projection) -> None:
         self.dtype: torch.dtype = embedding.dtype
-        self.device: torch.device = embedding.device
+        self.device: torch.device = norm.weight.device
         self._embedding = embedding  # (V, D); the head's weight too where they are tied
         self._norm = norm
         self._head = head
@@ -49,16 +59,19 @@ class Edges:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> "Edges":
-        """Build from the tensors named by `Family.edge_shapes`, or raise CheckpointError."""
+        """Build from the tensors named by `Family.edge_shapes`, or raise CheckpointError.
+
+        A head that is packed for its kernel, or on a GPU, is a second copy of a tied embedding.
+        """
         family = family_of(config)
         shapes = family.edge_shapes(config)
         check_shapes(shapes, weights)
         own = {name: weights[name].to(device, dtype) for name in shapes}
         embedding = own[family.embedding]
         return cls(
-            embedding,
+            embedding.to("cpu"),
             RmsNorm(own[family.final_norm], config.norm_eps),
-            Linear(own.get(family.head, embedding)),
+            linear(own.get(family.head, embedding)),
         )
 
     @property
@@ -67,9 +80,9 @@ class Edges:
         return int(self._embedding.shape[0])
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids (N,) to hidden states (N, D)."""
+        """Token ids (N,) to hidden states (N, D), on the CPU."""
         with torch.inference_mode():
-            return F.embedding(ids.to(self.device), self._embedding)
+            return F.embedding(ids.to("cpu"), self._embedding)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The last block's output (N, D) to logits (N, V), float32."""

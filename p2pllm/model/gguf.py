@@ -113,6 +113,12 @@ class GgufFile:
         except (struct.error, OverflowError, UnicodeDecodeError) as exc:
             raise CheckpointError(f"{path}: the header is truncated or damaged ({exc})") from exc
 
+    def let_go(self) -> None:
+        """Give the pages that were read back to the system, where it can be told; they are read
+        again when needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._data.madvise(mmap.MADV_DONTNEED)
+
     # --- metadata ------------------------------------------------------------------------
 
     def __contains__(self, key: str) -> bool:

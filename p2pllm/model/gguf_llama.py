@@ -71,6 +71,10 @@ class GgufLlama:
         """Types of all tensors, by their HF names."""
         return {hf: self._file.tensors[name].type.name for hf, name in self._names.items()}
 
+    def let_go(self) -> None:
+        """Keep none of the file's pages."""
+        self._file.let_go()
+
     def sample(self) -> bytes:
         """A digest of bytes of all tensors."""
         entries = {hf: self._file.tensors[name] for hf, name in self._names.items()}

@@ -55,6 +55,10 @@ class HfDirectory:
         """
         return dict.fromkeys(self._shards, self._declared_type)
 
+    def let_go(self) -> None:
+        """Close the shards: they are mapped into memory while they are open."""
+        self._open.clear()
+
     def sample(self) -> bytes:
         """A digest of bytes of all tensors, or of what tells sharded models apart without them.
 

@@ -5,9 +5,9 @@ same page numbers hold for every block of the span. Which pages a session owns i
 elsewhere (`p2pllm.server.pages`); this is the only module that knows what is inside.
 
 Storage of one block is `(2 · kv_heads, pages · page_tokens, d)`, all heads' keys before all heads'
-values. With the heads outermost, a run of neighbouring pages *is* the (kv_heads, S, d) operand of
-a matmul, as a view, and pages that lie apart become one with a single `index_select` (with the
-page outermost it takes a second copy).
+values, in the compute type or in 8 bits (`p2pllm.model.kv_store`). With the heads outermost, a run
+of neighbouring pages *is* the (kv_heads, S, d) operand of a matmul, as a view, and pages that lie
+apart become one with a single `index_select` (with the page outermost it takes a second copy).
 
 Grouped-query attention (arXiv 2305.13245) folds the query heads that share a key/value head into
 the rows of one matrix. Tokens of a batch are attended in
@@ -31,6 +31,8 @@ from torch import Tensor
 
 from p2pllm.errors import LocalProtocolError
 from p2pllm.model.config import ModelConfig
+from p2pllm.model.kv_store import Int8Store, KVStore, PlainStore, Room, clear, copy_pages
+from p2pllm.model.staging import on_device
 
 # Rows are batched while they have at least this share of the longest one's pages: then less than
 # half of a batched matmul is padding, and lengths up to 8192 end in seven batches at most.
@@ -41,6 +43,9 @@ MIN_FILL = 0.5
 # is better for few tokens, in float32, and never holds all scores at once.
 MIN_MATMUL_TOKENS = 16
 MAX_SCORES = 4 * 2**20
+# On CPU, and in bfloat16, no more tokens at once: 64 behind 1500 others take 1.2 ms in a block of
+# the default model, 256 take 11 ms in one go (their scores fit into no cache) and 5 ms in four.
+MAX_MATMUL_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +125,9 @@ class Plan:
 class KVCache:
     """Pages for all blocks of a span, allocated once.
 
-    Memory is 2 · num_blocks · num_pages · page_tokens · kv_heads · d elements.
+    Memory is 2 · num_blocks · num_pages · page_tokens · kv_heads · d elements of `dtype`, or with
+    `kv_bits` 8 of a byte each, and two more for d of them. With `has_scratch` there is one page
+    more, numbered `num_pages`: nobody's, for rows that only fill up a batch.
     """
 
     def __init__(
@@ -132,71 +139,95 @@ class KVCache:
         page_tokens: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        has_scratch: bool = False,
+        kv_bits: int = 16,
     ) -> None:
         self.num_pages = num_pages
+        self.has_scratch = has_scratch
         self.page_tokens = page_tokens
         self._kv_heads = config.num_kv_heads
         self._group = config.group_size
         self._window = config.sliding_window
         self._scale = 1.0 / math.sqrt(config.head_dim)
-        shape = (num_blocks, 2 * config.num_kv_heads, num_pages * page_tokens, config.head_dim)
-        self._storage = torch.zeros(shape, dtype=dtype, device=device)
+        self._pages_in_all = num_pages + has_scratch
+        num_slots = self._pages_in_all * page_tokens
+        room = Room(num_blocks, 2 * config.num_kv_heads, num_slots, config.head_dim, page_tokens)
+        self.dtype = dtype  # what attention is computed in
+        self.kv_bits = kv_bits
+        self._device = torch.device(device)
+        self._moved_heads = room.num_heads
+        self._store: KVStore = (Int8Store if kv_bits == 8 else PlainStore)(room, dtype, device)
 
     @property
     def num_bytes(self) -> int:
         """Memory that the pages take."""
-        return int(self._storage.nbytes)
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """What the pages lie in, each (blocks, 2 · Hkv, slots, anything)."""
+        return self._store.arrays
+
+    def block(self, index: int) -> Tensor:
+        """The storage of one block, counted from the span's first: (2 · Hkv, slots, d).
+
+        In the compute type; there is none in 8 bits.
+        """
+        assert isinstance(self._store, PlainStore)
+        return self._store.values[index]
 
     def copy(self, source: Sequence[int], target: Sequence[int], num_tokens: int) -> None:
         """Copy a sequence's first `num_tokens` tokens, in all blocks, to another page table."""
         num_pages = -(-num_tokens // self.page_tokens)
         if num_pages > min(len(source), len(target)):
             raise LocalProtocolError(f"{num_tokens} tokens do not fit the page tables of a copy")
-        device, storage = self._storage.device, self._storage
-        pages = storage.view(*storage.shape[:2], self.num_pages, -1)
-        from_pages = torch.tensor(source[:num_pages], dtype=torch.int64, device=device)
-        to_pages = torch.tensor(target[:num_pages], dtype=torch.int64, device=device)
-        pages.index_copy_(2, to_pages, pages.index_select(2, from_pages))
+        from_pages = self._on_device(torch.tensor(source[:num_pages], dtype=torch.int64))
+        to_pages = self._on_device(torch.tensor(target[:num_pages], dtype=torch.int64))
+        copy_pages(self._store, from_pages, to_pages, self.page_tokens)
 
     # --- moving to another server --------------------------------------------------------
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the keys and values."""
-        return self._storage.dtype
+    def moved_dtype(self) -> torch.dtype:
+        """Of the keys and values as they are held, and moved."""
+        return self._store.moved_dtype
 
     @property
     def token_bytes(self) -> int:
         """Memory of one token in one block."""
-        return int(math.prod(self.token_shape(1)) * self.dtype.itemsize)
+        return int(math.prod(self.token_shape(1)) * self.moved_dtype.itemsize)
 
     def token_shape(self, num_tokens: int) -> tuple[int, int, int]:
-        """Of some tokens' keys and values in one block: (2 · Hkv, T, d), all keys come first."""
-        return self._storage.shape[1], num_tokens, self._storage.shape[3]
+        """Of some tokens' keys and values in one block: (2 · Hkv, T, width), all keys come first.
+
+        The width is d, and in 8 bits the bytes of codes and scale.
+        """
+        return self._moved_heads, num_tokens, self._store.moved_width
+
+    def is_finite(self, values: Tensor) -> bool:
+        """Is there neither NaN nor infinity in what `export_tokens` gave?"""
+        return self._store.is_finite(values)
 
     def export_tokens(
         self, pages: Sequence[int], first_block: int, num_blocks: int, start: int, num_tokens: int
     ) -> Tensor:
         """Copy tokens `[start, start + num_tokens)` of a sequence out of some blocks.
 
-        Returns (num_blocks, 2 · Hkv, T, d) as the cache holds them. `first_block` counts from the
-        span's first.
+        Returns (num_blocks, 2 · Hkv, T, width) as the cache holds them. `first_block` counts from
+        the span's first.
         """
         slots = self._slots(CacheRow(tuple(pages), start, num_tokens))
-        blocks = self._storage[first_block : first_block + num_blocks]
-        return blocks.index_select(2, slots)
+        return self._store.export(first_block, num_blocks, slots)
 
     def import_tokens(
         self, pages: Sequence[int], first_block: int, start: int, values: Tensor
     ) -> None:
         """Put tokens from `start` on, as `export_tokens` gives them, into some blocks.
 
-        values: (num_blocks, 2 · Hkv, T, d).
+        values: (num_blocks, 2 · Hkv, T, width).
         """
         row = CacheRow(tuple(pages), start, values.shape[2])
-        slots = self._slots(row)
-        blocks = self._storage[first_block : first_block + values.shape[0]]
-        blocks.index_copy_(2, slots, values.to(blocks.device, blocks.dtype))
+        self._store.put(first_block, self._slots(row), values)
         self._clear_page_after(row)  # decoding goes on inside the page
 
     def _slots(self, row: CacheRow) -> Tensor:
@@ -204,7 +235,11 @@ class KVCache:
         self._check(row)
         positions = range(row.position, row.position + row.num_tokens)
         slots = [self._slot(row, position) for position in positions]
-        return torch.tensor(slots, dtype=torch.int64, device=self._storage.device)
+        return self._on_device(torch.tensor(slots, dtype=torch.int64))
+
+    def _on_device(self, planned: Tensor) -> Tensor:
+        """A tensor that was made on the CPU, where the cache is. Nothing waits for the copy."""
+        return on_device(planned, self._device)
 
     # --- attention: once per block ---------------------------------------------------------
 
@@ -216,24 +251,23 @@ class KVCache:
         """
         num_tokens, _, width = qkv.shape
         num_queries = self._kv_heads * self._group
-        storage = self._storage[block]
-        storage.index_copy_(1, plan.slots, qkv[:, num_queries:].transpose(0, 1))
+        self._store.write(block, plan.slots, qkv[:, num_queries:])
         queries = qkv[:, :num_queries]  # (N, Hq, d)
         if len(plan.buckets) == 1 and plan.buckets[0].tokens is None:
-            return self._attend_bucket(storage, queries, plan.buckets[0])
+            return self._attend_bucket(block, queries, plan.buckets[0])
         out = qkv.new_empty(num_tokens, num_queries * width)
         for bucket in plan.buckets:
             chosen = queries.index_select(0, bucket.tokens)
-            out.index_copy_(0, bucket.tokens, self._attend_bucket(storage, chosen, bucket))
+            out.index_copy_(0, bucket.tokens, self._attend_bucket(block, chosen, bucket))
         for chunk in plan.chunks:
             rows = slice(chunk.start, chunk.stop)
-            out[rows] = self._attend_chunk(storage, queries[rows], chunk)
+            out[rows] = self._attend_chunk(block, queries[rows], chunk)
         return out
 
-    def _attend_bucket(self, storage: Tensor, queries: Tensor, bucket: Bucket) -> Tensor:
+    def _attend_bucket(self, block: int, queries: Tensor, bucket: Bucket) -> Tensor:
         """queries: (B, Hq, d).  Returns (B, Hq · d)."""
         num_rows, num_queries, width = queries.shape
-        keys, values = self._read(storage, bucket.keys)  # (Hkv · B, S, d) each
+        keys, values = self._read(block, bucket.keys)  # (Hkv · B, S, d) each
         q = queries.view(num_rows, self._kv_heads, self._group, width).transpose(0, 1)
         q = q.reshape(-1, self._group, width)  # (Hkv · B, group, d)
         scores = torch.baddbmm(bucket.bias, q, keys.transpose(1, 2), alpha=self._scale)
@@ -241,10 +275,10 @@ class KVCache:
         out = out.reshape(self._kv_heads, num_rows, self._group * width)
         return out.transpose(0, 1).reshape(num_rows, num_queries * width)
 
-    def _attend_chunk(self, storage: Tensor, queries: Tensor, chunk: Chunk) -> Tensor:
+    def _attend_chunk(self, block: int, queries: Tensor, chunk: Chunk) -> Tensor:
         """queries: (T, Hq, d).  Returns (T, Hq · d)."""
         num_tokens, num_queries, width = queries.shape
-        keys, values = self._read(storage, chunk.keys)  # (Hkv, S, d) each
+        keys, values = self._read(block, chunk.keys)  # (Hkv, S, d) each
         q = queries.transpose(0, 1).reshape(self._kv_heads, self._group * num_tokens, width)
         is_small = num_queries * num_tokens * keys.shape[1] <= MAX_SCORES
         is_half = q.dtype is not torch.float32
@@ -258,16 +292,14 @@ class KVCache:
         out = out.reshape(num_queries, num_tokens, width)  # kernels differ in their layout
         return out.transpose(0, 1).reshape(num_tokens, num_queries * width)
 
-    def _read(self, storage: Tensor, where: Run | Gather) -> tuple[Tensor, Tensor]:
+    def _read(self, block: int, where: Run | Gather) -> tuple[Tensor, Tensor]:
         """Keys and values, (Hkv · B, S, d) each: views of the storage, or copies."""
         if isinstance(where, Run):
-            cached = storage[:, where.start : where.stop]
+            cached = self._store.read_run(block, where.start, where.stop)
             return cached[: self._kv_heads], cached[self._kv_heads :]
-        # One index over heads and pages: twice as fast as selecting pages along dimension 1.
-        pages = storage.view(-1, self.page_tokens * storage.shape[-1])
-        cached = pages.index_select(0, where.index)
+        cached = self._store.read_pages(block, where.index)
         half = self._kv_heads * where.num_rows
-        cached = cached.view(2 * half, -1, storage.shape[-1])
+        cached = cached.view(2 * half, -1, cached.shape[-1])
         return cached[:half], cached[half:]
 
     # --- planning: once per pass -----------------------------------------------------------
@@ -277,7 +309,6 @@ class KVCache:
 
         Raises LocalProtocolError for a row that does not fit its page table.
         """
-        device = self._storage.device
         positions: list[int] = []
         slots: list[int] = []
         singles: list[tuple[int, CacheRow]] = []
@@ -289,7 +320,7 @@ class KVCache:
             if row.num_tokens == 1:
                 singles.append((token, row))
             else:
-                chunks.append(self._plan_chunk(token, row))
+                chunks += [self._plan_chunk(token + at, part) for at, part in self._parts(row)]
             new = range(row.position, row.position + row.num_tokens)
             positions += new
             slots += [self._slot(row, position) for position in new]
@@ -300,8 +331,8 @@ class KVCache:
             else:
                 buckets.append(self._plan_bucket(group, len(positions)))
         return Plan(
-            positions=torch.tensor(positions, dtype=torch.int64, device=device),
-            slots=torch.tensor(slots, dtype=torch.int64, device=device),
+            positions=self._on_device(torch.tensor(positions, dtype=torch.int64)),
+            slots=self._on_device(torch.tensor(slots, dtype=torch.int64)),
             buckets=tuple(buckets),
             chunks=tuple(chunks),
         )
@@ -333,7 +364,7 @@ class KVCache:
         rest = self.page_tokens - 1 - last % self.page_tokens
         if rest:
             slot = self._slot(row, last) + 1
-            self._storage[:, :, slot : slot + rest] = 0
+            clear(self._store, slot, slot + rest)
 
     def _first_seen(self, position: int) -> int:
         """The first position that the token at `position` looks at."""
@@ -362,7 +393,7 @@ class KVCache:
     def _plan_bucket(self, group: list[tuple[int, CacheRow]], num_tokens: int) -> Bucket:
         tokens, rows = None, [row for _, row in group]
         if len(group) < num_tokens:
-            tokens = torch.tensor([token for token, _ in group], device=self._storage.device)
+            tokens = self._on_device(torch.tensor([token for token, _ in group]))
         seen = [self._pages_seen(row) for row in rows]
         bases = [self._first_page(row) * self.page_tokens for row in rows]
         last = torch.tensor([row.position - base for row, base in zip(rows, bases, strict=True)])
@@ -371,6 +402,16 @@ class KVCache:
         )
         bias = self._bias(first, last, max(map(len, seen)) * self.page_tokens)  # (B, S)
         return Bucket(tokens, self._gather(seen), bias.repeat(self._kv_heads, 1)[:, None])
+
+    def _parts(self, row: CacheRow) -> list[tuple[int, CacheRow]]:
+        """A row in parts that are attended one by one, and where in the row each begins."""
+        size = row.num_tokens
+        if self._device.type == "cpu" and self.dtype is not torch.float32:
+            size = MAX_MATMUL_TOKENS
+        return [
+            (at, CacheRow(row.pages, row.position + at, min(size, row.num_tokens - at)))
+            for at in range(0, row.num_tokens, size)
+        ]
 
     def _plan_chunk(self, token: int, row: CacheRow) -> Chunk:
         stop = row.position + row.num_tokens
@@ -396,16 +437,16 @@ class KVCache:
         """(B, S): 0 from first[b] to last[b], -inf elsewhere."""
         key = torch.arange(num_keys)
         unseen = (key < first[:, None]) | (key > last[:, None])
-        bias = torch.zeros(unseen.shape, dtype=self._storage.dtype)
-        return bias.masked_fill_(unseen, -math.inf).to(self._storage.device)
+        bias = torch.zeros(unseen.shape, dtype=self.dtype)
+        return self._on_device(bias.masked_fill_(unseen, -math.inf))
 
     def _gather(self, seen: list[tuple[int, ...]]) -> Gather:
         width = max(map(len, seen))
         # Padding repeats the row's own last page: it is masked, and nobody else's.
         table = [page for pages in seen for page in pages + pages[-1:] * (width - len(pages))]
-        heads = torch.arange(2 * self._kv_heads)[:, None] * self.num_pages
+        heads = torch.arange(2 * self._kv_heads)[:, None] * self._pages_in_all
         index = (heads + torch.tensor(table)).flatten()
-        return Gather(len(seen), index.to(self._storage.device))
+        return Gather(len(seen), self._on_device(index))
 
 
 def _is_run(pages: tuple[int, ...]) -> bool:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from p2pllm.model.config import ModelConfig, RopeKind, RopeScaling
+from p2pllm.model.kernels import decode_kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,21 @@ class RmsNorm:
     def __call__(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
+    def after_add_(self, x: Tensor, delta: Tensor | None) -> Tensor:
+        """Add to x (N, D) in place, and normalise: one kernel where we have our own."""
+        kernels = decode_kernels(x)
+        if kernels is not None:
+            normed: Tensor = kernels.add_norm(x, delta, self.weight, self.eps)
+            return normed
+        return self(x if delta is None else x.add_(delta))
+
 
 def gated_silu(gate_up: Tensor) -> Tensor:
     """SwiGLU's silu(gate) · up (arXiv 2002.05202); gate_up: (N, 2·I).  Returns (N, I)."""
+    kernels = decode_kernels(gate_up)
+    if kernels is not None:
+        gated: Tensor = kernels.gated_silu(gate_up)
+        return gated
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
@@ -74,12 +87,16 @@ class RotaryEmbedding:
         Computed once per pass for all its blocks, which is cheaper than keeping a table for
         the 131,072 positions of a Llama 3.1.
         """
-        angles = positions.to(torch.float32)[:, None] * self._frequencies  # (N, d / 2)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = self.cos_sin(positions)
         return Rotation(
             torch.cat((cos, cos), -1)[:, None].to(dtype),
             torch.cat((-sin, sin), -1)[:, None].to(dtype),
         )
+
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the angles of positions (N,): (N, d / 2) each, float32."""
+        angles = positions.to(torch.float32)[:, None] * self._frequencies  # (N, d / 2)
+        return angles.cos(), angles.sin()
 
 
 def _scale(frequencies: Tensor, scaling: RopeScaling) -> Tensor:

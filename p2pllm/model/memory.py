@@ -7,6 +7,7 @@ the file cache, which is given up when somebody needs it.
 
 import ctypes
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,12 +26,20 @@ def free_memory(device: torch.device) -> int:
     return int(min(_system_free(_MEMINFO), _cgroup_free(_CGROUP)))
 
 
-def return_freed() -> None:
+def free_memories(devices: Sequence[torch.device]) -> tuple[int, ...]:
+    """What each may have of it now: a device that is there twice has half for each."""
+    return tuple(free_memory(device) // devices.count(device) for device in devices)
+
+
+def return_freed(device: torch.device | None = None) -> None:
     """Give memory that was freed back to the system, where the C library can be asked to.
 
     glibc keeps pieces of up to 32 MiB for later. After the blocks of the default model are loaded
     in int4 that is 120 MiB of conversions which nobody needs again, twice what the weights take.
+    On a GPU torch keeps everything, and other processes may want it.
     """
+    if device is not None and device.type == "cuda":
+        torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

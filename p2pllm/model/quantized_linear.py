@@ -1,10 +1,12 @@
-"""Linear layers over quantized weights, by torch's own kernels.
+"""Linear layers over quantized weights: torch's own kernels, and one of ours.
 
 A step of few tokens reads every weight once and computes little, so half or a quarter of the
 bytes is half or a quarter of the time. The kernels dequantize as they multiply:
 
 - `Int4Linear`: tinygemm's `_weight_int4pack_mm` on CUDA, its namesake on CPU. Scale and centre of
   a group are two bytes each, so that a weight takes 5 bits.
+- `int4_triton.FusedInt4Linear`: the same product on CUDA in Triton, because tinygemm is slow for
+  more than a few rows. It is taken wherever Triton is installed and sizes are multiples of 128.
 - `Int8Linear`: `_weight_int8pack_mm`, one scale per output. Its CUDA version is slower than to
   dequantize first (H100, 57,344 × 8,192: 2.9 ms against 1.6, bfloat16 0.3), so there int8 saves
   memory only.
@@ -27,7 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from p2pllm.errors import CheckpointError
-from p2pllm.model.layers import Linear
+from p2pllm.model import int4_layout
+from p2pllm.model.kernels import int4_kernels
+from p2pllm.model.packed_linear import linear
 from p2pllm.model.quantize import GROUP, Codes, concatenated
 
 Projection = Callable[[Tensor], Tensor]
@@ -47,11 +51,20 @@ def projection(parts: Sequence[Tensor | Codes], bias: Tensor | None) -> Projecti
     """
     tensors = [part for part in parts if isinstance(part, Tensor)]
     if tensors:
-        return Linear(torch.cat(tensors), bias)
+        return linear(torch.cat(tensors), bias)
     codes = concatenated([part for part in parts if isinstance(part, Codes)])
     if codes.bits == 8 and codes.scales.shape[1] == 1:
         return Int8Linear(codes.codes, codes.scales.flatten(), bias)
-    return Int4Linear.pack(codes if codes.bits == 4 else _two_planes(codes), bias, codes.shape[1])
+    return _in_int4(codes if codes.bits == 4 else two_planes(codes), bias, codes.shape[1])
+
+
+def _in_int4(codes: Codes, bias: Tensor | None, num_inputs: int) -> Projection:
+    kernels = int4_kernels(codes.codes)
+    in_groups = codes.shape[1] == GROUP * codes.scales.shape[1]
+    if kernels is not None and in_groups and int4_layout.fits(codes.shape[0], num_inputs):
+        fused: Projection = kernels.FusedInt4Linear.pack(codes, bias, num_inputs)
+        return fused
+    return Int4Linear.pack(codes, bias, num_inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +154,7 @@ def _packed_for_cpu(codes: Tensor) -> Tensor:
     return torch.cat([convert((part + 8).to(torch.int32), INNER_TILES) for part in slices])
 
 
-def _two_planes(codes: Codes) -> Codes:
+def two_planes(codes: Codes) -> Codes:
     """8-bit codes (out, in) as 4-bit ones (out, 2 · in): 16 · high + (low - 8) + 8."""
     high = codes.codes >> 4
     low = (codes.codes & 15) - 8

@@ -51,21 +51,20 @@ class Draw:
     position: int
 
 
-def sample(logits: Tensor, params: SamplingParams, draws: Sequence[Draw]) -> list[int]:
-    """Choose one token for each row of logits (B, V), float32.
+def sample(logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[Draw]) -> list[int]:
+    """Choose one token for each row of logits (B, V), float32; each row by its own params.
 
-    Greedy takes the lowest id of equal logits.
+    Greedy takes the lowest id of equal logits. What a row draws does not depend on the others.
     """
-    assert len(logits) == len(draws)
-    if params.banned_ids:
-        logits = logits.index_fill(-1, torch.tensor(params.banned_ids), -math.inf)
-    if params.temperature == 0.0:
-        # torch promises the first of equal maxima
-        return [int(token) for token in logits.argmax(-1)]
-    # The maximum is taken off first: a small temperature would make the logits infinite.
-    logits = logits.double()
-    probs = ((logits - logits.amax(-1, keepdim=True)) / params.temperature).softmax(-1)
-    return [_draw(row, params, draw) for row, draw in zip(probs, draws, strict=True)]
+    assert len(logits) == len(params) == len(draws)
+    logits = _without_banned(logits, params)
+    greedy = [row for row, each in enumerate(params) if each.temperature == 0.0]
+    best = _argmax(logits if len(greedy) == len(params) else logits[greedy])
+    tokens = dict(zip(greedy, best, strict=True))
+    return [
+        tokens[row] if row in tokens else _draw(_probabilities(logits[row], each), each, draw)
+        for row, (each, draw) in enumerate(zip(params, draws, strict=True))
+    ]
 
 
 def uniform(seed: int, draw: Draw) -> float:
@@ -73,6 +72,30 @@ def uniform(seed: int, draw: Draw) -> float:
     text = f"{seed}/{draw.sequence}/{draw.position}".encode()
     digest = hashlib.blake2b(text, digest_size=8, person=b"p2pllm/draw").digest()
     return (int.from_bytes(digest, "big") >> (64 - _DRAW_BITS)) / (1 << _DRAW_BITS)
+
+
+def _argmax(logits: Tensor) -> list[int]:
+    """Of each row; both torch and numpy promise the first of equal maxima."""
+    # A vocabulary takes numpy 3 µs, torch 26 (and 160 in bfloat16, from which float32 costs 4).
+    best = logits.numpy().argmax(-1) if logits.device.type == "cpu" else logits.argmax(-1)
+    tokens: list[int] = best.tolist()
+    return tokens
+
+
+def _without_banned(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    rows = [row for row, each in enumerate(params) for _ in each.banned_ids]
+    if not rows:
+        return logits
+    ids = [token for each in params for token in each.banned_ids]
+    banned = logits.new_full((), -math.inf)
+    return logits.index_put((torch.tensor(rows), torch.tensor(ids)), banned)
+
+
+def _probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Of one row (V,), in float64."""
+    # The maximum is taken off first: a small temperature would make the logits infinite.
+    logits = logits.double()
+    return ((logits - logits.amax()) / params.temperature).softmax(-1)
 
 
 def _draw(probs: Tensor, params: SamplingParams, draw: Draw) -> int:

@@ -46,6 +46,7 @@ _TORCH_DTYPES = {
     DType.FLOAT32: torch.float32,
     DType.BFLOAT16: torch.bfloat16,
     DType.FLOAT16: torch.float16,
+    DType.INT8: torch.int8,
 }
 _WIRE_DTYPES = {dtype: code for code, dtype in _TORCH_DTYPES.items()}
 
@@ -78,12 +79,14 @@ def encode_tensor(tensor: Tensor, codec: TensorCodec, *, compress: bool = False)
     if tensor.dtype not in _WIRE_DTYPES:
         raise LocalProtocolError(f"a tensor of {tensor.dtype} cannot be sent")
     header = TensorHeader(codec, Compression.NONE, _WIRE_DTYPES[tensor.dtype], tuple(tensor.shape))
+    if codec is TensorCodec.RAW and not compress and tensor.device.type == "cpu":
+        return WireTensor(header, bytes_of(tensor.detach().contiguous()))  # nothing else is needed
     values = tensor.detach().to("cpu").reshape(-1)
     if codec is TensorCodec.INT8:
         coded = _quantize(values, header)
     else:
         coded = values.to(torch.bfloat16) if codec is TensorCodec.BF16 else values
-    data = memoryview(coded.contiguous().view(torch.uint8).numpy())
+    data = bytes_of(coded.contiguous())
     if compress and len(data) >= _MIN_COMPRESSED_BYTES:
         compressed = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(data)
         if len(compressed) < len(data):
@@ -108,6 +111,42 @@ def decode_tensor(wire: WireTensor, *, dtype: torch.dtype | None = None) -> Tens
     else:
         values = coded.view(_TORCH_DTYPES[header.dtype]).to(target)
     return values.view(header.shape)
+
+
+def is_plain(wire: WireTensor, dtype: torch.dtype) -> bool:
+    """Are the coded bytes just the values, in this type? Then nothing needs to be decoded."""
+    header = wire.header
+    return (
+        header.codec is TensorCodec.RAW
+        and header.compression is Compression.NONE
+        and _TORCH_DTYPES[header.dtype] is dtype
+        and len(wire.data) == header.coded_bytes
+    )
+
+
+def plain_tensor(data: bytes, like: Tensor) -> WireTensor:
+    """Rows as they lie in memory, as RAW has them; `like` (N, D) has their type and width."""
+    width = like.shape[1]
+    shape = (len(data) // (width * like.itemsize), width)
+    return WireTensor(
+        TensorHeader(TensorCodec.RAW, Compression.NONE, _WIRE_DTYPES[like.dtype], shape), data
+    )
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU; whoever writes to it changes the tensor."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Is there neither NaN nor infinity in a float tensor?
+
+    A sum has either if any of its terms has, and takes a tenth of the time of looking at each: only
+    if it is not finite itself is there something to look for (or finite values too large to add).
+    """
+    # In its own type, which is faster; but float16 ends at 65,504, and a sum is soon past that.
+    total = tensor.sum(dtype=torch.float32 if tensor.dtype is torch.float16 else None)
+    return math.isfinite(float(total)) or bool(torch.isfinite(tensor).all())
 
 
 def _own(data: bytes | bytearray | memoryview) -> Tensor:

@@ -56,7 +56,7 @@ from p2pllm.net.frames import Code, Priority
 from p2pllm.net.handshake import Handshake, Hello, StaticKeys
 from p2pllm.net.link import Buffer, Link, LinkKind, Listener, Network
 from p2pllm.net.noise import Role
-from p2pllm.net.rpc import Channel, StreamHandler, UnaryHandler, framed
+from p2pllm.net.rpc import Channel, InstantHandler, OnEnd, StreamHandler, UnaryHandler, framed
 from p2pllm.net.shaper import ShapedLink
 from p2pllm.net.watch import OnLost, Watch, Watches
 from p2pllm.wire.messages import ErrorReply, Message
@@ -82,6 +82,8 @@ IMPATIENT_DIAL_S = 1.0
 REPLACED_S = 1.0  # after which the connection that replaces another is not on its way any more
 WILDCARDS = ("0.0.0.0", "::", "")
 
+CLOSED = "the endpoint has been closed, or does not run yet"
+
 
 @dataclass(frozen=True, slots=True)
 class ConnectionView:
@@ -105,6 +107,7 @@ class Endpoint:
         self.peer_id = identity.peer_id
         self.budget = MemoryBudget(config.process_memory_bytes)
         self.unary_handlers: dict[type[Message], UnaryHandler[Any]] = {}
+        self.instant_handlers: dict[type[Message], InstantHandler[Any]] = {}
         self.stream_handlers: dict[type[Message], StreamHandler[Any]] = {}
         self.refused = Counter[str]()  # what the bounds have turned away, by bound
         self._network = network
@@ -232,7 +235,16 @@ class Endpoint:
         for pushes. A RequestFailed that it raises is what the asking side will raise. It is
         cancelled when a unary asker gives up.
         """
+        self.instant_handlers.pop(kind, None)
         self.unary_handlers[kind] = handler
+
+    def handle_at_once(self, kind: type[M], handler: InstantHandler[M]) -> None:
+        """As `handle`, for a plain function: called before anything else happens, answered `Ack`.
+
+        It costs no task and no turn of the event loop; it must be short, and may send.
+        """
+        self.unary_handlers.pop(kind, None)
+        self.instant_handlers[kind] = handler
 
     def handle_stream(self, kind: type[M], handler: StreamHandler[M]) -> None:
         """Answer streaming requests of this type: `handler` is an async generator function."""
@@ -320,6 +332,83 @@ class Endpoint:
         """
         deadline = self._loop.time() + timeout_s
         buffers = self._framed(message, push_id=self._rng.getrandbits(64))
+        await self._push(peer, buffers, deadline, priority, is_patient=is_patient)
+
+    def post(
+        self,
+        peer: PeerId,
+        message: Message,
+        on_end: OnEnd,
+        *,
+        timeout_s: float,
+        priority: Priority = Priority.DECODE,
+        is_patient: bool = True,
+    ) -> None:
+        """`push`, without waiting: it leaves at once over the connection that there is.
+
+        `on_end` is called once: with None when a handler at the peer has it, or with what `push`
+        would have raised (ConnectionLost at once if this endpoint does not run). It may be called
+        before this returns. Only a message that finds no connection, or loses its own, costs a
+        task.
+        """
+        deadline = self._loop.time() + timeout_s
+        try:
+            buffers = self._framed(message, push_id=self._rng.getrandbits(64))
+        except LocalProtocolError as exc:  # who posts several things goes on with the others
+            return _tell(on_end, exc)
+
+        def on_first_end(error: P2PLLMError | None) -> None:
+            is_lost = isinstance(error, TransportError) and not isinstance(error, DeadlineExceeded)
+            if is_lost:
+                self._post_again(peer, buffers, on_end, deadline, priority, is_patient=is_patient)
+            else:
+                _tell(on_end, error)
+
+        channel = self._best(peer)
+        if channel is not None:
+            try:
+                return channel.post(list(buffers), deadline, priority, on_first_end)
+            except Refused:
+                pass  # it is going; whatever comes in its place is found there
+        return self._post_again(peer, buffers, on_end, deadline, priority, is_patient=is_patient)
+
+    def _post_again(
+        self,
+        peer: PeerId,
+        buffers: list[Buffer],
+        on_end: OnEnd,
+        deadline: float,
+        priority: Priority,
+        *,
+        is_patient: bool,
+    ) -> None:
+        """Deliver what found no connection or lost it, in a task, as `push` does."""
+
+        async def push() -> P2PLLMError | None:
+            try:
+                await self._push(peer, buffers, deadline, priority, is_patient=is_patient)
+            except P2PLLMError as exc:
+                return exc
+            return None
+
+        def on_pushed(task: "asyncio.Task[P2PLLMError | None]") -> None:
+            # Told from here, so that one that is cancelled before it begins is told of, too.
+            _tell(on_end, ConnectionLost(CLOSED) if task.cancelled() else task.result())
+
+        if self._group is None:
+            _tell(on_end, ConnectionLost(CLOSED))
+        else:
+            self._group.create_task(push()).add_done_callback(on_pushed)
+
+    async def _push(
+        self,
+        peer: PeerId,
+        buffers: list[Buffer],
+        deadline: float,
+        priority: Priority,
+        *,
+        is_patient: bool,
+    ) -> None:
         pause_s = PUSH_PAUSE_S
         has_dialled = False
         while True:
@@ -535,7 +624,7 @@ class Endpoint:
             assert task is not None
             # The endpoint has ended. If the caller is cancelled as well, that goes first.
             if dial is not None and dial.cancelled() and not task.cancelling():
-                raise ConnectionLost("the endpoint has been closed") from None
+                raise ConnectionLost(CLOSED) from None
             raise
 
     def _dial_task(
@@ -545,7 +634,7 @@ class Endpoint:
         task = self._dials.get(key)
         if task is None:
             if self._group is None:
-                raise ConnectionLost("the endpoint has been closed")
+                raise ConnectionLost(CLOSED)
             task = self._dials[key] = self._group.create_task(self._dial(target, is_brief=is_brief))
             task.add_done_callback(lambda _: self._dials.pop(key, None))
         return task
@@ -874,6 +963,14 @@ class _RateLimit:
         while len(self._hosts) > HOSTS_LIMITED:
             self._hosts.popitem(last=False)
         return is_allowed
+
+
+def _tell(on_end: OnEnd, error: P2PLLMError | None) -> None:
+    """Say how a post ended; what goes wrong with that must not end a connection, or all of us."""
+    try:
+        on_end(error)
+    except Exception:
+        logger.exception("end of a push not taken error=%s", error)
 
 
 def _cost_s(channel: Channel) -> float:

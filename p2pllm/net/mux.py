@@ -78,7 +78,12 @@ FIRST_WINDOW = 64 * 2**10  # bytes of a group of priorities before any CREDIT
 USUAL_WINDOW = 1 * 2**20  # what a connection allows from the start if memory is there
 TURN_BYTES = 1 * 2**20  # of one stream, before another of its priority has a turn
 LET_THROUGH = 4  # frames of a priority per frame of lower ones that wait: 16:4:1 in all
-DONE_DELAY_S = 0.002  # how long an acknowledgement waits for something to travel with
+# How long an acknowledgement waits for something to travel with. Nobody waits for that of a small
+# message, and alone it would cost both sides a wake-up; behind a large one memory is held.
+DONE_DELAY_S = 0.025
+LARGE_DONE_DELAY_S = 0.002
+LARGE_BYTES = 64 * 2**10
+DONE_SHARE = 4  # it waits no longer once one in so many of the peer's streams does
 LATE_S = 1.0  # a timer that fires later than this: we slept, not the peer
 MAX_CONTROL = 64  # answers waiting, above one per stream; a peer that reads none is dropped
 RESERVED_STREAMS = 8  # one in so many streams is kept for control
@@ -259,8 +264,11 @@ class Mux:
         """The application has taken over the push on a stream; tell the peer, soon."""
         if stream.is_closed:
             return
-        if not self._done:
-            self._done_at = now + DONE_DELAY_S
+        is_large = stream.received > LARGE_BYTES
+        due = now + (LARGE_DONE_DELAY_S if is_large else DONE_DELAY_S)
+        if len(self._done) >= self._config.max_streams // DONE_SHARE:
+            due = now  # it may be all that keeps the peer from opening more
+        self._done_at = min(due, self._done_at) if self._done else due
         self._done.append(stream.id)
         self._has_control = True
         self._close(stream)
@@ -611,7 +619,7 @@ class Mux:
         if self._is_received_due:
             self._is_received_due = False
             return NUMBER.pack(FrameType.RECEIVED, 0, self._heavy_received)
-        if self._done and (now >= self._done_at or any(self._ready)):
+        if self._done and (now >= self._done_at or any(self._ready) or self.is_draining):
             numbers, self._done = self._done, []
             frame = b"".join(map(STREAM_ID.pack, numbers))
             return HEAD.pack(FrameType.DONE, 0) + frame

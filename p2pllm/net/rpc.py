@@ -11,6 +11,10 @@ is written before the callback returns, so that no task switch lies between a li
 Each message stands behind its length (`p2pllm.net.assembly`). A push begins with a 64-bit id by
 which the receiver knows one that it had before: the sender repeats it until it is acknowledged.
 
+A handler that never awaits (`Host.instant_handlers`) is called at once, from the link's callback,
+and a push that nobody awaits (`post`) needs no task either: on the way of a decode step there is
+then none between one socket and the other but the worker's own.
+
 Not here: which connection to a peer is used, and how it came to be (`p2pllm.net.endpoint`).
 """
 
@@ -92,7 +96,12 @@ class Request(Generic[M]):
 
 
 UnaryHandler = Callable[[Request[M]], Awaitable[Message | None]]
+InstantHandler = Callable[[Request[M]], None]
 StreamHandler = Callable[[Request[M]], AsyncGenerator[Message, None]]
+
+
+OnEnd = Callable[[P2PLLMError | None], None]
+"""Told how a posted push has ended: None when the peer's application has it."""
 
 
 class Host(Protocol):
@@ -101,6 +110,7 @@ class Host(Protocol):
     config: NetConfig
     budget: MemoryBudget
     unary_handlers: dict[type[Message], UnaryHandler[Any]]
+    instant_handlers: dict[type[Message], InstantHandler[Any]]
     stream_handlers: dict[type[Message], StreamHandler[Any]]
 
     def start_task(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
@@ -155,6 +165,20 @@ class _Call:
             self.future.set_exception(error)
 
 
+class _Post:
+    """A push of ours that nobody awaits: `on_end` is called once, with what it failed by."""
+
+    __slots__ = ("assembly", "on_end")
+
+    def __init__(self, on_end: OnEnd, assembly: Assembly) -> None:
+        self.on_end = on_end
+        self.assembly = assembly
+
+    def fail(self, error: Exception) -> None:
+        self.assembly.close()
+        self.on_end(error if isinstance(error, P2PLLMError) else ConnectionLost(str(error)))
+
+
 class _Replies:
     """A streaming request of ours: replies that its reader has not taken."""
 
@@ -192,7 +216,7 @@ class _Served:
             self.drained.set_result(None)
 
 
-_Entry = _Call | _Replies | _Served
+_Entry = _Call | _Post | _Replies | _Served
 
 
 class Channel:
@@ -280,6 +304,17 @@ class Channel:
     async def push(self, buffers: list[Buffer], deadline: float, priority: Priority) -> None:
         """Deliver over this connection; returns when the peer's application has the message."""
         await self._call(StreamKind.PUSH, buffers, deadline, priority)
+
+    def post(
+        self, buffers: list[Buffer], deadline: float, priority: Priority, on_end: OnEnd
+    ) -> None:
+        """Push without waiting. `on_end` must not raise.
+
+        Raises Refused, with `on_end` never called, if it cannot leave.
+        """
+        stream = self._open(StreamKind.PUSH, buffers, deadline, priority)
+        self._entries[stream] = _Post(on_end, self._assembly(stream))
+        self.flush()
 
     async def _call(
         self, kind: StreamKind, buffers: list[Buffer], deadline: float, priority: Priority
@@ -465,14 +500,17 @@ class Channel:
         if self.connection.mux is not None and not self.is_closed:
             if not self.connection.mux.has_said_goaway:
                 self.connection.mux.goaway(code)
-            self.flush()
+            self._write()
         if not self.is_closed:
             self.link.close()
             self._end(ConnectionLost("we closed the connection"))
 
     def _close_if_left(self) -> None:
         mux = self.connection.mux
-        if mux is not None and mux.has_said_goaway and mux.has_heard_goaway and mux.is_idle:
+        if mux is None or self._entries:  # what has ended for the mux may wait to be told of here
+            return
+        if mux.has_said_goaway and mux.has_heard_goaway and mux.is_idle and not self.is_closed:
+            self._write()  # acknowledgements that have waited, or pushes would be repeated
             self.link.close()
             self._end(ConnectionLost("the connection was replaced or not needed any more"))
 
@@ -524,7 +562,9 @@ class Channel:
                 self._entries[stream] = _Served(self._assembly(stream))
             case PushDone(stream):
                 call = self._entries.pop(stream, None)
-                if isinstance(call, _Call) and not call.future.done():
+                if isinstance(call, _Post):
+                    call.on_end(None)
+                elif isinstance(call, _Call) and not call.future.done():
                     call.future.set_result(None)
                 self._close_if_left()
             case StreamReset(stream, code):
@@ -562,7 +602,7 @@ class Channel:
     def _give_back_pushes(self, error: ConnectionLost) -> None:
         """Pushes may be repeated, so they need not wait until a suspected peer counts as dead."""
         for stream, entry in list(self._entries.items()):
-            if isinstance(entry, _Call) and stream.kind is StreamKind.PUSH:
+            if isinstance(entry, _Call | _Post) and stream.kind is StreamKind.PUSH:
                 self._abandon(stream)
                 entry.fail(error)
 
@@ -639,7 +679,7 @@ class Channel:
             entry.queue.append((decode_message(assembled.data), assembled.num_bytes))
             entry.assembly.is_paused = len(entry.queue) >= REPLIES_AHEAD
             entry.wake()
-        elif stream not in self._entries:
+        elif isinstance(entry, _Post) or stream not in self._entries:
             raise CodecError("a second reply")
         else:
             message = decode_message(assembled.data)
@@ -690,6 +730,12 @@ class Channel:
         request = Request(self.peer, message, stream.deadline, self.link.remote)
         work: Coroutine[Any, Any, None]
         if stream.kind is StreamKind.UNARY:
+            instant = self._host.instant_handlers.get(type(message))
+            if instant is not None:
+                self._entries.pop(stream, None)
+                self._answer(stream, _run_instant(instant, request) or Ack())
+                self._release(assembled.num_bytes)
+                return
             work = self._run_unary(stream, request)
         else:
             work = self._run_streaming(stream, served, request)
@@ -759,11 +805,12 @@ class Channel:
         while self._waiting_pushes and self._num_push_handlers < self._host.config.max_streams:
             stream, assembled, message = self._waiting_pushes.popleft()
             self._entries.pop(stream, None)
+            instant = self._host.instant_handlers.get(type(message))
             handler = self._host.unary_handlers.get(type(message))
             number = int.from_bytes(assembled.data[:PUSH_ID_BYTES], "big")
             if stream.is_closed or mux is None:  # its deadline has passed meanwhile
                 self._release(assembled.num_bytes)
-            elif handler is None:
+            elif instant is None and handler is None:
                 self._release(assembled.num_bytes)
                 mux.reset(stream, Code.UNHANDLED)
             elif not self._host.is_new_push(self.peer, number):
@@ -772,9 +819,14 @@ class Channel:
             else:
                 mux.done(stream, self._loop.time())
                 request = Request(self.peer, message, stream.deadline, self.link.remote)
-                self._num_push_handlers += 1
-                task = self._host.start_task(_run_push(handler, request))
-                task.add_done_callback(partial(self._on_push_handled, assembled.num_bytes))
+                if instant is not None:
+                    _run_instant(instant, request)
+                    self._release(assembled.num_bytes)
+                else:
+                    assert handler is not None, "one of the two is there"
+                    self._num_push_handlers += 1
+                    task = self._host.start_task(_run_push(handler, request))
+                    task.add_done_callback(partial(self._on_push_handled, assembled.num_bytes))
 
     def _on_push_handled(self, num_bytes: int, task: "asyncio.Task[None]") -> None:
         self._num_push_handlers -= 1
@@ -782,6 +834,15 @@ class Channel:
         if self._waiting_pushes:
             self._start_pushes()
             self.flush()
+
+
+def _run_instant(handler: InstantHandler[Any], request: Request[Any]) -> ErrorReply | None:
+    """Call a handler that never awaits; what it raises is logged as for any other."""
+    try:
+        handler(request)
+    except Exception as exc:
+        return _error_reply(exc, request)
+    return None
 
 
 async def _run_push(handler: UnaryHandler[Any], request: Request[Message]) -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from p2pllm.errors import Busy, CacheFull, NotServed
 from p2pllm.ids import PeerId
-from p2pllm.server.pages import pages_for
 from p2pllm.server.sessions import Session, SessionTable
 from p2pllm.wire.messages import Open, Output
 
@@ -28,7 +27,7 @@ class _Waiting:
     """A place in the line for pages."""
 
     peer: PeerId
-    num_pages: int
+    num_pages: int = 0  # besides those that other sessions of the peer hold
 
 
 class Admission:
@@ -60,10 +59,11 @@ class Admission:
         Raises what `SessionTable.open` does, and Busy or NotServed.
         """
         deadline = _now() + wait_s
-        place = _Waiting(opening.client, pages_for(opening.max_tokens))
+        place = _Waiting(opening.client)
         self._line.append(place)
         try:
             while True:
+                place.num_pages = self._sessions.pages_needed(opening)
                 try:
                     return self._open_now(opening, place)
                 except CacheFull:

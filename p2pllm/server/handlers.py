@@ -10,7 +10,7 @@ acknowledged when it has been taken in; whatever goes wrong with it later reache
 import asyncio
 import logging
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,35 +18,38 @@ from p2pllm.config import ServerConfig
 from p2pllm.errors import (
     BadRequest,
     Forbidden,
-    NotServed,
     OutOfOrder,
     P2PLLMError,
     RemoteFault,
     RequestFailed,
     SessionUnknown,
 )
-from p2pllm.ids import ModelId, PeerId
+from p2pllm.ids import PeerId
 from p2pllm.net.endpoint import Endpoint
 from p2pllm.net.frames import Priority
 from p2pllm.net.rpc import Request
 from p2pllm.server.admission import Admission
+from p2pllm.server.forwarding import Forwarding
 from p2pllm.server.handover import Giver, Taker
+from p2pllm.server.offer import Offer, check_peer
 from p2pllm.server.outbox import SEND_TIMEOUT_S, Asked, Outbox
+from p2pllm.server.pages import PAGE_TOKENS
 from p2pllm.server.scheduler import Task
 from p2pllm.server.sessions import Accepted, Session, SessionTable
 from p2pllm.server.successors import NO_NEXT_HOP, Successors
 from p2pllm.server.worker import BadInput, Failed, Finished, StepInput, Worker
-from p2pllm.spans import Span
 from p2pllm.tasks import task_group
 from p2pllm.wire.messages import (
+    MAX_PREFIX_KEYS,
+    PREFIX_KEY_BYTES,
     Ack,
     Close,
     Fork,
+    Forward,
     HandOver,
     HopFailed,
     Leaving,
     Message,
-    Numerics,
     Open,
     Opened,
     Output,
@@ -55,26 +58,18 @@ from p2pllm.wire.messages import (
     Row,
     Step,
 )
+from p2pllm.wire.rows import TOKENS_TOGETHER
 
 logger = logging.getLogger(__name__)
 
 EXPIRY_CHECK_S = 1.0  # leases are tens of seconds
+MAX_TOKEN_BYTES = 64  # of a push token
 MAX_WAIT_S = 60.0  # the longest that an Open may wait for pages
 MAX_HOPS = 64  # that a step may have come through
 HOLD_S = 10.0  # of early steps; a chunk of 2 MiB takes half as long on a link of 4 Mbit/s
 ANSWER_S = 0.5  # of an Open's time are kept for its answer while pages are pulled
 TELL_AGAIN_S = 1.0  # who could not be told that we leave
 SESSIONS_PER_NOTICE = 512  # a body has room for 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """What this server serves."""
-
-    model: ModelId
-    numerics: Numerics
-    span: Span
-    hidden_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +92,14 @@ class Service:
         offer: Offer,
         sessions: SessionTable[Output],
         worker: Worker,
+        forwarding: Forwarding,
         config: ServerConfig,
     ) -> None:
         self.offer = offer
         self.sessions = sessions
         self._endpoint = endpoint
         self._worker = worker
+        self._forwarding = forwarding
         self._config = config
         self._admission = Admission(sessions, self._on_new_session, self._release)
         self._successors = Successors(endpoint, worker.clock)
@@ -114,35 +111,36 @@ class Service:
         """Answer from now on."""
         self._worker.on_results = self.deliver
         self._endpoint.handle(Open, self._on_open)
-        self._endpoint.handle(Step, self._on_step)
-        self._endpoint.handle(HopFailed, self._on_next_failed)
+        self._endpoint.handle_at_once(Step, self._on_step)
+        self._endpoint.handle_at_once(HopFailed, self._on_next_failed)
         self._endpoint.handle(Fork, self._on_fork)
         self._endpoint.handle(Close, self._on_close)
         self._endpoint.handle(Rewire, self._on_rewire)
         self._endpoint.handle(HandOver, self._on_hand_over)
         self._endpoint.handle_stream(Pull, self._giver.serve)
+        self._endpoint.handle(Forward, self._forwarding.answer)
 
     async def run(self) -> None:
         """Send outputs and end leases until cancelled; then all sessions are over."""
-        async with task_group() as tasks:
-            self._outbox.tasks = tasks
-            try:
-                while True:
-                    await asyncio.sleep(EXPIRY_CHECK_S)
-                    self._expire(self._now())
-            finally:
-                self._outbox.tasks = None  # the group takes no more
-                for session in list(self.sessions):
-                    self.sessions.close(session.id, session.client, session.epoch)
-                    self._release(session)
+        self._outbox.is_open = True
+        try:
+            while True:
+                await asyncio.sleep(EXPIRY_CHECK_S)
+                self._expire(self._now())
+        finally:
+            self._outbox.is_open = False
+            for session in list(self.sessions):
+                self.sessions.close(session.id, session.client, session.epoch)
+                self._release(session)
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new sessions any more, and let the clients move those that are here.
 
-        Steps are served as ever. Returns when no session is left, or after `timeout_s`.
+        Steps are served as ever, and passes that have come are computed. Returns when nothing is
+        left, or after `timeout_s`.
         """
         deadline = self._now() + timeout_s
-        self._admission.is_leaving = True
+        self._admission.is_leaving = self._forwarding.is_leaving = True
         self._admission.on_freed()  # who waits for pages hears of it
         async with task_group() as tasks:
             clients = {session.client for session in self.sessions}
@@ -151,6 +149,7 @@ class Service:
                 await self._admission.wait_for_pages(deadline)
             for task in telling:
                 task.cancel()
+        await self._forwarding.drain(deadline)
         logger.info("drained sessions_left=%d", len(self.sessions))
 
     async def _say_leaving(self, client: PeerId, deadline: float) -> None:
@@ -197,12 +196,13 @@ class Service:
         session = await self._admission.open(opening, wait_s)
         self._wire(session, next_peer)
         logger.info(
-            "session opened id=%s client=%s span=%s tokens=%d epoch=%d",
+            "session opened id=%s client=%s span=%s tokens=%d epoch=%d shared=%d",
             session.id,
             peer.short,
             session.span,
             session.max_tokens,
             session.epoch,
+            session.num_shared,
         )
         async with task_group() as tasks:
             reaching = tasks.create_task(self._reach(session))
@@ -223,17 +223,11 @@ class Service:
         return await self._successors.reach(session.client, session.next_peer, self._now())
 
     def _check_offer(self, opening: Open, peer: PeerId) -> None:
-        name = str(peer)
-        if name in self._config.block or (self._config.allow and name not in self._config.allow):
-            raise Forbidden("this server does not serve you")
+        check_peer(peer, self._config)
         if opening.client != peer:
             raise Forbidden("a session is opened by its client")
-        if opening.model != self.offer.model:
-            raise NotServed(f"this server holds {self.offer.model}, not {opening.model}")
-        if not self.offer.span.covers(opening.span):
-            raise NotServed(f"this server holds blocks {self.offer.span}, not {opening.span}")
-        if opening.numerics != self.offer.numerics:
-            raise NotServed(f"this server computes in {self.offer.numerics}")
+        _check_tokens(opening.push_token, opening.next_token)
+        self.offer.check(opening.model, opening.numerics, opening.span)
         if not 0 < opening.max_tokens <= self._config.max_tokens_per_session:
             raise BadRequest(
                 f"{opening.max_tokens} tokens asked; a session here has 1 to "
@@ -243,9 +237,17 @@ class Service:
             raise BadRequest(
                 f"{opening.source_position} tokens to pull into room for {opening.max_tokens}"
             )
+        keys = opening.prefix_keys
+        if len(keys) > MAX_PREFIX_KEYS or any(len(key) != PREFIX_KEY_BYTES for key in keys):
+            raise BadRequest(
+                f"a session has at most {MAX_PREFIX_KEYS} prefix keys of {PREFIX_KEY_BYTES} bytes"
+            )
+        if keys and opening.source:
+            raise BadRequest("a session begins with a prefix or with what is pulled, not with both")
 
     async def _on_fork(self, request: Request[Fork]) -> Message:
         fork = request.message
+        _check_tokens(fork.push_token, fork.next_token)
         source = self.sessions.get(fork.session)
         if source is None:
             raise SessionUnknown(f"session {fork.session} is not open here")
@@ -271,8 +273,12 @@ class Service:
         )
         self._wire(new, held.next_peer)
         self._on_new_session(new)
+        num_full, num_tokens = divmod(fork.position, PAGE_TOKENS)  # full pages are shared
         try:
-            await self._worker.copy_pages(held.pages, new.pages, fork.position)
+            if num_tokens:
+                await self._worker.copy_pages(
+                    held.pages[num_full:], new.pages[num_full:], num_tokens
+                )
         except BaseException:  # perhaps nobody waits any more: half a copy is no session
             if self.sessions.get(new.id) is new:
                 self._close(new, request.peer, new.epoch)
@@ -280,6 +286,7 @@ class Service:
         return self._opened(new)
 
     async def _on_rewire(self, request: Request[Rewire]) -> Message:
+        _check_tokens(request.message.next_token)
         next_peer = self._successors.read(request.message.next_hop)
         session = self.sessions.rewire(request.message, request.peer, self._now())
         self._wire(session, next_peer)
@@ -327,7 +334,7 @@ class Service:
 
     # --- steps ---------------------------------------------------------------------------
 
-    async def _on_step(self, request: Request[Step]) -> Message:
+    def _on_step(self, request: Request[Step]) -> None:
         step, peer, now = request.message, request.peer, self._now()
         tokens = step.tokens if len(step.tokens) == len(step.rows) else (b"",) * len(step.rows)
         rows = list(zip(step.rows, tokens, strict=True))
@@ -337,7 +344,7 @@ class Service:
             self._outbox.report_alike(
                 [(self._whom_to_tell(item), item.row, wrong) for item in whole]
             )
-            return Ack()
+            return
         arrived, offset = [], 0
         for row, token in rows:
             arrived.append(_Arrived(step, row, token, peer, offset))
@@ -349,7 +356,6 @@ class Service:
             fault = RemoteFault("the step could not be taken in; the server's log has more")
             told = [(self._whom_to_tell(item), item.row, fault) for item in arrived]
             self._outbox.report_alike(told)
-        return Ack()
 
     def _take_in(self, arrived: Sequence[_Arrived], now: float) -> None:
         """Judge rows, queue those that are to be computed, and the held ones whose turn it is."""
@@ -376,7 +382,7 @@ class Service:
                 source = sources.get(key) or _source(item.step, session, now)
                 sources[key] = source
                 task = Task(row, session.client, session.span, now)
-                source.add(task, item.offset, session.pages)
+                source.add(task, item.offset, session.pages, session.table.copies(row.step))
                 following = self.sessions.next_held(session)
                 if isinstance(following, _Arrived):
                     waiting.append(following)
@@ -388,15 +394,18 @@ class Service:
             else:
                 other = BadRequest(f"step {row.step} came before with other tokens")
                 refused.append((self._whom_to_tell(item), row, other))
+        sharing = Counter(id(source.tensor) for source in sources.values())
         for source in sources.values():
+            source.num_sharing = sharing[id(source.tensor)]
             self._queue(source)
         for step, output, asked in repeated.values():
             # Its way here goes before our own part, so that no ring of hops goes on for ever.
             timings = (*step.timings, *output.timings[-1:])
             self._outbox.emit(asked, replace(output, timings=timings), _deadline(step, now))
+        self._outbox.flush()
         self._outbox.report_alike(refused)
 
-    async def _on_next_failed(self, request: Request[HopFailed]) -> Message:
+    def _on_next_failed(self, request: Request[HopFailed]) -> None:
         """The next hop knows no client to tell, after a restart perhaps: we tell ours."""
         failed = request.message
         lost: dict[PeerId, list[Row]] = {}
@@ -408,7 +417,6 @@ class Service:
         for client, rows in lost.items():
             told = replace(failed, rows=tuple(rows), next_hop=request.peer.key)
             self._outbox.send(client, told, Priority.CONTROL)
-        return Ack()
 
     def _hold(self, item: _Arrived, now: float) -> bool:
         """Keep a row that may only be early; the client is told before it gives the step up."""
@@ -422,10 +430,10 @@ class Service:
         expected = (num_tokens, self.offer.hidden_size)
         if step.tensor.header.shape != expected:
             return BadInput(f"a tensor of shape {step.tensor.header.shape}, not {expected}")
-        if num_tokens > self._config.max_tokens_per_session:
-            return BadRequest(
-                f"a step of {num_tokens} tokens; {self._config.max_tokens_per_session} are allowed"
-            )
+        # Hops join several clients' rows, whatever the next one's sessions may have.
+        most = max(self._config.max_tokens_per_session, TOKENS_TOGETHER)
+        if num_tokens > most:
+            return BadRequest(f"a step of {num_tokens} tokens; {most} are allowed")
         if len(step.timings) > MAX_HOPS:
             return BadRequest(f"a step through {len(step.timings)} hops")
         if step.tokens and len(step.tokens) != len(step.rows):
@@ -457,6 +465,7 @@ class Service:
             wanted = [self.sessions.on_output(row, output, now, num_bytes) for row in result.rows]
             asked = [each for each in wanted if each is not None]
             self._outbox.emit(asked, output, source.deadline)
+        self._outbox.flush()
         for failure in failed:
             self._forget(failure.client, (failure.row,), failure.error)
 
@@ -477,6 +486,13 @@ class Service:
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+def _check_tokens(*tokens: bytes) -> None:
+    """Push tokens travel in messages with those of other clients, so they have a bound."""
+    longest = max(map(len, tokens))
+    if longest > MAX_TOKEN_BYTES:
+        raise BadRequest(f"a push token of {longest} bytes; {MAX_TOKEN_BYTES} are allowed")
 
 
 def _source(step: Step, session: Session[Output], now: float) -> StepInput:

@@ -1,22 +1,31 @@
 """How a server's outputs and failures leave it: to the next hop, or to the client.
 
-Each send is a task of its own, so that a slow peer delays nobody, and what is on its way for one
-client is bounded. An output that is left out is not lost: it is kept, and can be asked for again.
+Nothing here waits: a message is posted and leaves at once, a slow peer delays nobody, and what is
+on its way for one client is bounded. An output that is left out is not lost: it is kept, and can be
+asked for again.
 
-Rows that were computed together leave together as long as they go the same way. Where they go is
-decided when they leave: between coming and leaving, and before an output is asked for again, a
-session may have got another successor.
+Rows that were computed together leave together as long as they go the same way, whoever's they are:
+one message to the next hop costs as much as one row does. Where they go is decided when they leave:
+between coming and leaving, and before an output is asked for again, a session may have got another
+successor. Echoes leave after everything that somebody waits for.
 """
 
 import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from p2pllm.errors import Busy, OutOfOrder, P2PLLMError, RequestFailed
+from p2pllm.errors import (
+    BadRequest,
+    Busy,
+    LocalProtocolError,
+    OutOfOrder,
+    P2PLLMError,
+    RequestFailed,
+)
 from p2pllm.ids import PeerId, SessionId
 from p2pllm.net.endpoint import Endpoint
 from p2pllm.net.frames import Priority
@@ -24,8 +33,16 @@ from p2pllm.server.scheduler import DECODE_TOKENS
 from p2pllm.server.sessions import Session
 from p2pllm.server.successors import Successors
 from p2pllm.server.worker import BadInput
-from p2pllm.wire.messages import MAX_TEXT, Echo, HopFailed, HopTiming, Message, Output, Row, Step
-from p2pllm.wire.rows import assembled, split
+from p2pllm.wire.messages import MAX_TEXT, Echo, HopFailed, HopTiming, Output, Row, Step
+from p2pllm.wire.rows import (
+    RowCoding,
+    assembled,
+    joined,
+    may_join_others,
+    messages_of,
+    row_coding,
+    split,
+)
 from p2pllm.wire.tensors import WireTensor
 
 logger = logging.getLogger(__name__)
@@ -36,6 +53,8 @@ MAX_UNSENT_BYTES = 64 * 2**20  # of their tensors, beyond the first
 CONGESTED_S = 0.5  # before an output that could not be sent on is asked for again
 MIN_BUDGET_S = 0.001  # 0 would mean "no deadline"
 ROWS_PER_REPORT = 512  # a body has room for 1024
+
+_DIALS = "too many peers were dialled for you"
 
 Asked = tuple[Session[Output], Row]  # a row as it was asked for last
 
@@ -49,13 +68,39 @@ class _Way:
     echo: Echo
 
 
+@dataclass(frozen=True, slots=True)
+class _Onward:
+    """One client's outputs for the next hop, and who is told if they do not get there."""
+
+    client: PeerId
+    output: Output
+    tokens: tuple[bytes, ...]  # by row
+    deadline: float
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.output.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Company:
+    """What outputs must share to be one message to the next hop."""
+
+    next_peer: PeerId
+    coding: RowCoding
+    timings: tuple[HopTiming, ...]  # of the hops before
+    number: int = 0  # of what travels alone
+
+
 class Outbox:
-    """Sends outputs and failures. Its owner lends it a task group in `tasks`."""
+    """Sends outputs and failures while it `is_open`. Call `flush` when all is emitted."""
 
     def __init__(self, endpoint: Endpoint, successors: Successors) -> None:
-        self.tasks: asyncio.TaskGroup | None = None
+        self.is_open = False
         self._endpoint = endpoint
         self._successors = successors
+        self._onward: dict[_Company, list[_Onward]] = {}  # emitted
+        self._echoes: list[tuple[PeerId, Output]] = []
         self._unsent: Counter[PeerId] = Counter()  # messages on their way, by client
         self._unsent_bytes: Counter[PeerId] = Counter()
 
@@ -67,7 +112,8 @@ class Outbox:
     def emit(self, asked: Iterable[Asked], output: Output, deadline: float) -> None:
         """Pass rows of an output on: to the next hop, or at the chain's end to the client.
 
-        `output` holds for each of its rows as many tokens as the row's `num_outputs` says.
+        `output` holds for each of its rows as many tokens as the row's `num_outputs` says. What
+        goes to the next hop leaves with `flush`.
         """
         ways: dict[_Way, dict[tuple[SessionId, int], Asked]] = {}
         for session, row in asked:
@@ -122,36 +168,61 @@ class Outbox:
         self, way: _Way, output: Output, tokens: tuple[bytes, ...], deadline: float
     ) -> None:
         assert way.next_peer is not None, "the caller has looked"
-        priority = _priority(output.rows[0])
-        step = Step(output.rows, output.tensor, tokens, output.timings)
-        push = partial(self._push_on, way.client, way.next_peer, step, deadline, priority)
-        if not self._start(way.client, output, push):
-            busy = Busy("too much is on its way to the next hop", retry_after_s=CONGESTED_S)
-            self.report(way.client, output.rows, busy)
+        priority, header = _priority(output.rows[0]), output.tensor.header
+        company = _Company(way.next_peer, row_coding(header), output.timings[:-1])
+        if priority is not Priority.DECODE or not may_join_others(header):  # a prompt's chunk, say
+            company = replace(company, number=len(self._onward) + 1)
+        onward = _Onward(way.client, output, tokens, deadline)
+        self._onward.setdefault(company, []).append(onward)
         if way.echo is Echo.ALL or (way.echo is Echo.DECODE_ONLY and priority is Priority.DECODE):
-            self.send(way.client, replace(output, is_echo=True), Priority.BULK)
+            self._echoes.append((way.client, replace(output, is_echo=True)))
 
-    async def _push_on(
-        self, client: PeerId, next_peer: PeerId, step: Step, deadline: float, priority: Priority
-    ) -> None:
-        """Push an output to the next hop as its step; the client hears of it if that fails."""
+    def flush(self) -> None:
+        """Send what was emitted for next hops, and then the echoes of it."""
+        onward, self._onward = self._onward, {}
+        echoes, self._echoes = self._echoes, []
+        for company, parts in onward.items():
+            for some in messages_of(parts, lambda part: part.num_tokens):
+                self._push_on(company.next_peer, some)
+        for client, echo in echoes:
+            self.send(client, echo, Priority.BULK)
+
+    def _push_on(self, next_peer: PeerId, parts: Sequence[_Onward]) -> None:
+        """Push outputs to the next hop as its step; their clients hear of it if that fails."""
         now = self._now()
-        budget_s = 0.0 if deadline == math.inf else max(deadline - now, MIN_BUDGET_S)
-        try:
-            if not self._successors.may_use(client, next_peer, now):
-                raise Busy("too many peers were dialled for you", retry_after_s=1.0)
-            await self._endpoint.push(
+        sent: list[_Onward] = []
+        for part in parts:
+            if not self._successors.may_use(part.client, next_peer, now):
+                self.report(part.client, part.output.rows, Busy(_DIALS, retry_after_s=1.0))
+            elif not self._admit(part.client, len(part.output.tensor.data)):
+                busy = Busy("too much is on its way to the next hop", retry_after_s=CONGESTED_S)
+                self.report(part.client, part.output.rows, busy)
+            else:
+                sent.append(part)
+        if sent:
+            self._endpoint.post(
                 next_peer,
-                replace(step, budget_s=budget_s),
+                _step_of(sent, now),
+                partial(self._on_pushed, next_peer, sent),
                 timeout_s=SEND_TIMEOUT_S,
-                priority=priority,
+                priority=_priority(sent[0].output.rows[0]),
                 is_patient=False,
             )
-        except P2PLLMError as exc:
-            logger.info("next hop lost peer=%s reason=%s", next_peer.short, exc)
-            kind = type(exc) if isinstance(exc, RequestFailed) else RequestFailed
-            failure = kind(f"the next hop {next_peer.short}: {exc}")
-            self.report(client, step.rows, failure, next_hop=next_peer.key)
+
+    def _on_pushed(
+        self, next_peer: PeerId, parts: Sequence[_Onward], exc: P2PLLMError | None
+    ) -> None:
+        for part in parts:
+            self._let_go(part.client, len(part.output.tensor.data))
+        if exc is None:
+            return
+        logger.info("next hop lost peer=%s reason=%s", next_peer.short, exc)
+        kind = type(exc) if isinstance(exc, RequestFailed) else RequestFailed
+        failure, next_hop = kind(f"the next hop {next_peer.short}: {exc}"), next_peer.key
+        if isinstance(exc, LocalProtocolError):  # too many rows: no other hop would get them either
+            failure, next_hop = BadRequest(f"the step cannot be passed on: {exc}"), b""
+        for part in parts:
+            self.report(part.client, part.output.rows, failure, next_hop=next_hop)
 
     # --- failures ------------------------------------------------------------------------
 
@@ -188,42 +259,55 @@ class Outbox:
 
     def send(self, client: PeerId, message: Output | HopFailed, priority: Priority) -> None:
         """Push a message to a client."""
-        self._start(client, message, partial(self._push, client, message, priority))
-
-    def _start(
-        self, client: PeerId, message: Output | HopFailed, send: Callable[[], Awaitable[None]]
-    ) -> bool:
-        """Send in a task of its own, if not too much of this client's is on its way already."""
         num_bytes = len(message.tensor.data) if isinstance(message, Output) else 0
+        if self._admit(client, num_bytes):
+            self._endpoint.post(
+                client,
+                message,
+                partial(self._on_sent, client, num_bytes),
+                timeout_s=SEND_TIMEOUT_S,
+                priority=priority,
+            )
+
+    def _on_sent(self, client: PeerId, num_bytes: int, exc: P2PLLMError | None) -> None:
+        self._let_go(client, num_bytes)
+        if exc is not None:
+            logger.info("message lost client=%s reason=%s", client.short, exc)
+
+    def _admit(self, client: PeerId, num_bytes: int) -> bool:
+        """Count a message as on its way, unless too much of this client's is already."""
         unsent_bytes = self._unsent_bytes[client]
         is_full = unsent_bytes and unsent_bytes + num_bytes > MAX_UNSENT_BYTES
-        if self.tasks is None or is_full or self._unsent[client] >= MAX_UNSENT:
+        if not self.is_open or is_full or self._unsent[client] >= MAX_UNSENT:
             logger.warning("message not sent client=%s bytes=%d", client.short, num_bytes)
             return False
         self._unsent[client] += 1
         self._unsent_bytes[client] += num_bytes
-        self.tasks.create_task(self._counted(client, num_bytes, send))
         return True
 
-    async def _counted(
-        self, client: PeerId, num_bytes: int, send: Callable[[], Awaitable[None]]
-    ) -> None:
-        try:
-            await send()
-        finally:
-            self._unsent[client] -= 1
-            self._unsent_bytes[client] -= num_bytes
-            if not self._unsent[client]:
-                del self._unsent[client], self._unsent_bytes[client]
-
-    async def _push(self, client: PeerId, message: Message, priority: Priority) -> None:
-        try:
-            await self._endpoint.push(client, message, timeout_s=SEND_TIMEOUT_S, priority=priority)
-        except P2PLLMError as exc:
-            logger.info("message lost client=%s reason=%s", client.short, exc)
+    def _let_go(self, client: PeerId, num_bytes: int) -> None:
+        self._unsent[client] -= 1
+        self._unsent_bytes[client] -= num_bytes
+        if not self._unsent[client]:
+            del self._unsent[client], self._unsent_bytes[client]
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+def _step_of(parts: Sequence[_Onward], now: float) -> Step:
+    """The next hop's step. Its time is that of whoever waits longest."""
+    deadline = max(part.deadline for part in parts)
+    budget_s = 0.0 if deadline == math.inf else max(deadline - now, MIN_BUDGET_S)
+    first = parts[0]
+    if len(parts) == 1:
+        output = first.output
+        return Step(output.rows, output.tensor, first.tokens, output.timings, budget_s)
+    tensor = joined([part.output.tensor for part in parts])
+    rows = tuple(row for part in parts for row in part.output.rows)
+    tokens = tuple(token for part in parts for token in part.tokens)
+    longest = max((part.output.timings for part in parts), key=lambda each: each[-1].queue_s)
+    return Step(rows, tensor, tokens, longest, budget_s)
 
 
 def _priority(row: Row) -> Priority:

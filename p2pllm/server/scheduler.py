@@ -1,16 +1,21 @@
 """Which rows are computed together next: continuous batching with chunked prefill.
 
 Rows of different sessions and clients share a batch if they run through the same blocks. Decode
-rows go first, all that wait at once, for a batch of eight costs little more than one row; then,
-by turns, one chunk of one prefill, so that a long prompt delays the others' tokens by a chunk's
-time at most and is never starved itself (Sarathi, arXiv 2308.16369).
+rows go first, all that wait at once, for a batch of eight costs little more than one row. A piece
+of one prompt goes with them, and shares their reading of the weights (Sarathi, arXiv 2308.16369),
+cut so that it costs the others about one decode step (`p2pllm.server.pace`). So that a prompt is
+not starved, of two batches one has a piece, of whatever length.
+
+While decode rows are merely away, at other hops or their clients, pieces stay small: a row that
+comes back in the middle of one waits for its end. What it has waited counts as part of its one
+step. When nobody has been decoding for a moment, prompts go in whole chunks.
 
 A session's rows stay in order, whatever their lengths: only its oldest is in line, for each needs
-the cache that the one before leaves. Fairness: peers take turns at the prefills, a chunk each.
+the cache that the one before leaves. Fairness: peers take turns at the prefills, a piece each.
 Bounded: beyond `max_rows` waiting, `Busy` says when to come back; to a client that has rows waiting
 already, beyond a quarter of them, so that nobody fills the queue alone.
 
-Pure: it orders values; `p2pllm.server.worker` computes.
+Pure: it orders values; `p2pllm.server.worker` computes, and tells how long that took.
 """
 
 from collections import Counter, OrderedDict, deque
@@ -20,11 +25,20 @@ from dataclasses import dataclass, field
 from p2pllm.errors import Busy, ConfigError
 from p2pllm.ids import PeerId, SessionId
 from p2pllm.metrics import MovingAverage
+from p2pllm.server.pace import LEAST_TOKENS, Pace
 from p2pllm.spans import Span
 from p2pllm.wire.messages import Row
 
 DECODE_TOKENS = 8  # rows up to this long count as decode: one token, or a few drafted ones
 FORGET_S = 10.0  # an idle server has no queue, whatever the last one was like
+# A session that has decoded so lately comes back: the longest way of a token round a chain that is
+# of any use. One that is closed does not.
+AWAY_S = 1.0
+# Times a decode batch: what a batch with a piece takes, beside decode rows and while they are away.
+# The latter a row meets by chance, and then waits for half of it on the average. More of either is
+# paid for by the streams, less by the prompt (tests/swarm/test_disturbance.py).
+WITH_DECODE = 2.0
+WHILE_AWAY = 1.5
 
 
 @dataclass(eq=False)
@@ -65,7 +79,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What to compute in one go: all pieces run through `span`."""
+    """What to compute in one go: all pieces run through `span`. At most one is a prompt's."""
 
     span: Span
     pieces: tuple[Piece, ...]
@@ -75,7 +89,8 @@ class Batch:
 class Scheduler:
     """The waiting rows of a server. `add`, then `next_batch` whenever the device is idle.
 
-    `batch_tokens` bounds what is computed in one go, `chunk_tokens` a prefill's share of it.
+    `on_computed` tells what a batch has taken. `batch_tokens` bounds what is computed in one go,
+    `chunk_tokens` a prefill's share of it.
     """
 
     batch_tokens: int
@@ -87,7 +102,11 @@ class Scheduler:
     _decode: OrderedDict[SessionId, None] = field(default_factory=OrderedDict)
     _prefill: OrderedDict[PeerId, OrderedDict[SessionId, None]] = field(default_factory=OrderedDict)
     _num_rows: Counter[PeerId] = field(default_factory=Counter)  # waiting, by client
-    _prefill_is_due: bool = False
+    # Sessions that have decoded lately, and when they last did; the longest away first.
+    _decoding: OrderedDict[SessionId, float] = field(default_factory=OrderedDict)
+    _pace: Pace = field(init=False)
+    _had_piece: bool = False  # the last batch
+    _is_due: bool = False  # a prompt waited in vain for the last batch
     _wait_s: MovingAverage = field(default_factory=MovingAverage)
     _served_at: float = float("-inf")
 
@@ -97,6 +116,7 @@ class Scheduler:
                 f"a batch of {self.batch_tokens} tokens and a chunk of {self.chunk_tokens}; "
                 f"at least {DECODE_TOKENS} and 1 are needed"
             )
+        self._pace = Pace(self.chunk_tokens)
 
     def __len__(self) -> int:
         return self._num_rows.total()
@@ -131,6 +151,7 @@ class Scheduler:
 
     def cancel(self, session: SessionId, from_step: int = 0) -> list[Task]:
         """Take a session's waiting rows out, those of `from_step` and later; returns them."""
+        self._decoding.pop(session, None)
         waiting = self._rows.get(session)
         if waiting is None:
             return []
@@ -147,40 +168,92 @@ class Scheduler:
         """The rows to compute now, or None if none wait."""
         if not self._rows:
             return None
-        is_prefill = bool(self._prefill) and (self._prefill_is_due or not self._decode)
-        batch = self._prefill_batch() if is_prefill else self._decode_batch()
-        self._prefill_is_due = not is_prefill
-        for piece in batch.pieces:
-            if piece.start == 0:
-                piece.task.started_at = now
-                self._wait_s.add(now - piece.task.queued_at)
-                self._served_at = now
-        return batch
+        self._forget_gone(now)
+        decode = self._decode_tasks()
+        prompt = self._next_prompt()
+        if prompt is not None and decode and not self._is_shared(decode, prompt):
+            if self._had_piece:
+                prompt = None
+            else:
+                decode = []
+        size = 0 if prompt is None else self._piece_size(prompt, decode, now)
+        pieces = [self._take(task, task.left_tokens) for task in decode]
+        if prompt is not None and size:
+            pieces.append(self._take(prompt, size))
+            self._prefill.move_to_end(prompt.client)
+        self._had_piece, self._is_due = bool(size), bool(self._prefill) and not size
+        self._note(pieces, now)
+        for piece in pieces:  # only now, so that no session is in the batch twice
+            if piece.is_last:
+                self._finish(piece.task)
+        return Batch(pieces[0].task.span, tuple(pieces))
 
-    def _decode_batch(self) -> Batch:
+    def on_computed(self, batch: Batch, seconds: float) -> None:
+        """A batch has taken so long."""
+        num_tokens = sum(piece.num_tokens for piece in batch.pieces if not piece.task.is_decode)
+        self._pace.on_batch(seconds, len(batch.span), num_tokens)
+
+    def _decode_tasks(self) -> list[Task]:
         """All decode rows in line through the same blocks as the oldest, within the budget."""
-        span = self._rows[next(iter(self._decode))][0].span
-        budget, pieces = self.batch_tokens, []
+        budget, tasks = self.batch_tokens, list[Task]()
         for session in self._decode:
             task = self._rows[session][0]
-            size = task.left_tokens
-            if task.span == span and size <= budget:
-                pieces.append(self._take(task, size))
-                budget -= size
-        for piece in pieces:  # only now, so that no session is in the batch twice
-            self._finish(piece.task)
-        return Batch(span, tuple(pieces))
+            if task.left_tokens <= budget and (not tasks or task.span == tasks[0].span):
+                tasks.append(task)
+                budget -= task.left_tokens
+        return tasks
 
-    def _prefill_batch(self) -> Batch:
-        """One chunk of the first row of the peer whose turn it is."""
-        client, sessions = next(iter(self._prefill.items()))
-        task = self._rows[next(iter(sessions))][0]
-        size = min(task.left_tokens, self.chunk_tokens, self.batch_tokens)
-        piece = self._take(task, size)
-        self._prefill.move_to_end(client)
-        if piece.is_last:
-            self._finish(task)
-        return Batch(task.span, (piece,))
+    def _next_prompt(self) -> Task | None:
+        """The first prefill of the peer whose turn it is."""
+        for sessions in self._prefill.values():
+            return self._rows[next(iter(sessions))][0]
+        return None
+
+    def _is_shared(self, decode: list[Task], prompt: Task) -> bool:
+        """Can these be one batch? If not they take turns."""
+        room = self.batch_tokens - sum(task.left_tokens for task in decode)
+        fits = room >= min(LEAST_TOKENS, self.chunk_tokens, prompt.left_tokens)
+        return fits and decode[0].span == prompt.span
+
+    def _piece_size(self, prompt: Task, decode: list[Task], now: float) -> int:
+        """How many tokens of a prompt go into the next batch, with these decode rows; 0: none."""
+        pace, num_blocks = self._pace, len(prompt.span)
+        decode_tokens = sum(task.left_tokens for task in decode)
+        most = min(prompt.left_tokens, self.chunk_tokens, self.batch_tokens - decode_tokens)
+        decode_s = pace.decode_s(num_blocks)
+        within_s = WHILE_AWAY * decode_s
+        if decode:
+            within_s = WITH_DECODE * decode_s
+            if self._had_piece:  # they have waited for that already
+                within_s -= now - min(task.queued_at for task in decode)
+                if within_s < pace.least_s(num_blocks):
+                    return 0
+            elif not pace.knows_decode and not self._is_due:
+                return 0  # alone for once, to learn what they take
+        elif not self._decoding:
+            return most
+        size = pace.piece_tokens(within_s, num_blocks, most)
+        return most if most - size < size // 4 else size  # no batch for a small rest
+
+    def _forget_gone(self, now: float) -> None:
+        """Sessions that have not decoded for a while are not expected back."""
+        while self._decoding:
+            session, decoded_at = next(iter(self._decoding.items()))
+            if now - decoded_at <= AWAY_S:
+                return
+            del self._decoding[session]
+
+    def _note(self, pieces: list[Piece], now: float) -> None:
+        """Rows are handed out: when, and after how long a wait."""
+        for piece in pieces:
+            task = piece.task
+            if piece.start == 0:
+                task.started_at = now
+                self._wait_s.add(now - task.queued_at)
+                self._served_at = now
+            if task.is_decode:
+                self._decoding[task.row.session] = now
+                self._decoding.move_to_end(task.row.session)
 
     def _take(self, task: Task, size: int) -> Piece:
         piece = Piece(task, task.done_tokens, size)

@@ -25,22 +25,25 @@ from p2pllm.clock import Clock, SystemClock
 from p2pllm.config import NodeConfig, ServerConfig
 from p2pllm.errors import ConfigError, P2PLLMError
 from p2pllm.identity import Identity
-from p2pllm.model.device import Compute, choose_device
+from p2pllm.model.device import Compute
 from p2pllm.model.executor import Executor, executor_or_thread
 from p2pllm.model.kv_cache import KVCache
-from p2pllm.model.memory import free_memory
+from p2pllm.model.memory import free_memories
 from p2pllm.model.span_model import SpanCompute
+from p2pllm.model.split_span import sizes_of
 from p2pllm.net.link import Network
 from p2pllm.server.announcer import Announcer
 from p2pllm.server.balancer import GUESSED_RATE, Balancer, MayLeave
-from p2pllm.server.capacity import BlockCost, Capacity, block_cost, fit, usable_of
-from p2pllm.server.handlers import Offer, Service
+from p2pllm.server.capacity import Capacity, divide, fit_devices, share, usable_of
+from p2pllm.server.forwarding import Forwarding
+from p2pllm.server.handlers import Service
+from p2pllm.server.offer import Offer
 from p2pllm.server.pages import PAGE_TOKENS, PageAllocator, pages_for
 from p2pllm.server.serving import Serving
-from p2pllm.server.source import LoadProgress, ModelSource
+from p2pllm.server.source import LoadProgress, ModelSource, cost_of
 from p2pllm.server.throughput import Throughput, measure
 from p2pllm.server.worker import Worker
-from p2pllm.spans import Span
+from p2pllm.spans import Span, cut
 from p2pllm.swarm.announcements import ModelListing, Presence, ServerState
 from p2pllm.swarm.node import Node
 from p2pllm.tasks import task_group, to_the_end
@@ -72,7 +75,7 @@ class Tools:
     """What a server works with, and a test may replace."""
 
     device: Executor  # computes
-    loader: Executor  # reads weights while the device computes
+    loader: Executor | None  # reads weights while the device computes; None: a new thread each time
     clock: Clock
     rng: random.Random
 
@@ -115,6 +118,12 @@ class Server:
         return self._serving.service.offer
 
     @property
+    def parts(self) -> tuple[tuple[str, Span], ...]:
+        """Which blocks are on which device."""
+        names = map(str, Compute.of(self._settings).devices)
+        return tuple(zip(names, cut(self.offer.span, sizes_of(self._serving.model)), strict=True))
+
+    @property
     def pages(self) -> PageAllocator:
         """Who holds the cache."""
         return self._serving.pages
@@ -128,6 +137,11 @@ class Server:
     def worker(self) -> Worker:
         """Who computes."""
         return self._serving.worker
+
+    @property
+    def forwarding(self) -> Forwarding:
+        """Who answers passes without a session."""
+        return self._serving.forwarding
 
     # --- life ----------------------------------------------------------------------------------
 
@@ -156,11 +170,8 @@ class Server:
         """
         settings, clock, rng = config.server, clock or SystemClock(), rng or random.Random()
         check_choice(choice, source.config.num_blocks)
-        with (
-            executor_or_thread(executor, "p2pllm-device") as device,
-            executor_or_thread(executor, "p2pllm-loader") as loader,
-        ):
-            tools = Tools(device, loader, clock, rng)
+        with executor_or_thread(executor, "p2pllm-device") as device:
+            tools = Tools(device, executor, clock, rng)
             async with Node.open(config, identity, network=network, clock=clock, rng=rng) as node:
                 await node.join()
                 capacity = _capacity(source, choice, settings)
@@ -193,6 +204,7 @@ class Server:
                     break
                 model = await self._load(span, model, on_progress)
         cache = await self._make_cache(model)
+        await self._prepare(model, cache)
         self._throughput = await self._measure(model, cache)
         self._serve(model, cache)
         self._running.add(self._tasks.create_task(self.announcer.run()))
@@ -219,7 +231,7 @@ class Server:
         then serves what it did.
         """
         old = self._serving
-        has_room = self._has_room_beside(old.span, span)
+        has_room = self._has_room_beside(old.model, span)
         if has_room:
             model = await self._load(span, old.model)
         if not await may_leave():
@@ -235,8 +247,11 @@ class Server:
             try:
                 model = await self._load(span, old.model)
             except P2PLLMError:
-                self._serve(await self._load(old.span, old.model), old.cache)
+                model = await self._load(old.span, old.model)
+                await self._prepare(model, old.cache)
+                self._serve(model, old.cache)
                 raise
+        await self._prepare(model, old.cache)
         self._serve(model, old.cache)
         logger.info("moved from=%s to=%s", old.span, span)
         if self.on_moved is not None:
@@ -264,9 +279,10 @@ class Server:
         self, span: Span, loaded: SpanCompute | None, on_progress: LoadProgress | None = None
     ) -> SpanCompute:
         source, settings = self._source, self._settings
-        return await self._tools.loader.run(
-            lambda: source.load_span(span, settings, on_progress, loaded)
-        )
+        # A thread that has ended takes its OpenMP team along: with two teams in the process,
+        # libgomp stops spinning between products and wakes its threads hundreds of times a pass.
+        with executor_or_thread(self._tools.loader, "p2pllm-loader") as loader:
+            return await loader.run(lambda: source.load_span(span, settings, on_progress, loaded))
 
     async def _make_cache(self, model: SpanCompute) -> KVCache:
         num_pages = pages_for(self._settings.cache_tokens)
@@ -277,6 +293,12 @@ class Server:
                 f"no memory for a cache of {self._settings.cache_tokens} tokens; choose fewer "
                 "--cache-tokens or fewer blocks"
             ) from exc
+
+    async def _prepare(self, model: SpanCompute, cache: KVCache) -> None:
+        """Whatever takes long the first time is done before there are sessions."""
+        settings = self._settings
+        max_batch = min(settings.batch_tokens, settings.max_sessions)
+        await self._tools.device.run(lambda: model.prepare(cache, max_batch))
 
     async def _measure(self, model: SpanCompute, cache: KVCache) -> Throughput:
         settings = self._settings
@@ -289,11 +311,15 @@ class Server:
         logger.info("measured throughput=%s", throughput)
         return throughput
 
-    def _has_room_beside(self, here: Span, span: Span) -> bool:
-        """Is there memory for the new blocks while the old ones are still there?"""
-        num_new = sum(block not in here for block in span)
-        free = usable_of(free_memory(choose_device(self._settings.device)))
-        return num_new * self.capacity.cost.weight_bytes <= free
+    def _has_room_beside(self, model: SpanCompute, span: Span) -> bool:
+        """Is there memory on each device for its new blocks while the old ones are still there?"""
+        sizes, devices = sizes_of(model), Compute.of(self._settings).devices
+        parts = zip(cut(model.span, sizes), cut(span, sizes), free_memories(devices), strict=True)
+        return all(
+            sum(block not in here for block in there) * self.capacity.cost.weight_bytes
+            <= usable_of(free)
+            for here, there, free in parts
+        )
 
 
 def check_choice(choice: BlockChoice, num_blocks: int) -> None:
@@ -308,12 +334,18 @@ def check_choice(choice: BlockChoice, num_blocks: int) -> None:
 
 def _capacity(source: ModelSource, choice: BlockChoice, settings: ServerConfig) -> Capacity:
     """How many blocks we serve, and what they take."""
-    cost = _cost(source, settings)
-    limit = choice.memory_bytes or usable_of(free_memory(choose_device(settings.device)))
+    cost, devices = cost_of(source, settings), Compute.of(settings).devices
+    limits = tuple(map(usable_of, free_memories(devices)))
+    if choice.memory_bytes:
+        limits = share(choice.memory_bytes, limits) if devices[1:] else (choice.memory_bytes,)
     asked = len(choice.span) if choice.span else choice.num_blocks
+    if asked:
+        divide(asked, [1] * len(devices))  # before anything is loaded: enough for all devices?
     if asked and not choice.memory_bytes:
-        return Capacity(asked, cost, limit)  # at the user's own risk
-    fitting = fit(limit, cost, source.config.num_blocks)
+        return Capacity(asked, cost, sum(limits))  # at the user's own risk
+    fitting = fit_devices(
+        limits, [str(device) for device in devices], cost, source.config.num_blocks
+    )
     if asked > fitting.num_blocks:
         raise ConfigError(
             f"{fitting.num_blocks} blocks fit into the memory allowed, and {asked} are asked; "
@@ -323,16 +355,6 @@ def _capacity(source: ModelSource, choice: BlockChoice, settings: ServerConfig) 
     if not asked and ABOUT_AS_MANY * fitting.num_blocks <= before <= fitting.num_blocks:
         asked = before  # what is free varies a little: no reason to lose our place
     return replace(fitting, num_blocks=asked or fitting.num_blocks)
-
-
-def _cost(source: ModelSource, settings: ServerConfig) -> BlockCost:
-    config = source.config
-    return block_cost(
-        weight_bytes=source.block_bytes(settings),
-        kv_values_per_token=2 * config.num_kv_heads * config.head_dim,
-        cache_tokens=settings.cache_tokens,
-        itemsize=Compute.of(settings).dtype.itemsize,
-    )
 
 
 def _introduction(

@@ -15,7 +15,9 @@ from p2pllm.model.executor import Executor
 from p2pllm.model.kv_cache import KVCache
 from p2pllm.model.span_model import SpanCompute
 from p2pllm.net.endpoint import Endpoint
-from p2pllm.server.handlers import Offer, Service
+from p2pllm.server.forwarding import Forwarding
+from p2pllm.server.handlers import Service
+from p2pllm.server.offer import Offer
 from p2pllm.server.pages import PageAllocator, pages_for
 from p2pllm.server.scheduler import Scheduler
 from p2pllm.server.sessions import SessionTable
@@ -33,6 +35,7 @@ class Serving:
     cache: KVCache
     pages: PageAllocator
     worker: Worker
+    forwarding: Forwarding
     service: Service
 
     @classmethod
@@ -55,13 +58,14 @@ class Serving:
             max_rows=settings.max_queue_steps,
         )
         worker = Worker(model, cache, scheduler, executor, clock)
-        numerics = numerics_of(model.dtype, Compute.of(settings).scheme)
+        numerics = numerics_of(model.dtype, Compute.of(settings).scheme, settings.kv_bits)
         offer = Offer(model_id, numerics, model.span, model.config.hidden_size)
         sessions: SessionTable[Output] = SessionTable(
             pages, max_sessions=settings.max_sessions, lease_s=settings.lease_s
         )
-        service = Service(endpoint, offer, sessions, worker, settings)
-        return cls(model, cache, pages, worker, service)
+        forwarding = Forwarding(model, offer, settings, executor, clock)
+        service = Service(endpoint, offer, sessions, worker, forwarding, settings)
+        return cls(model, cache, pages, worker, forwarding, service)
 
     @property
     def span(self) -> Span:
@@ -72,6 +76,7 @@ class Serving:
         """Serve until cancelled; sessions that are left then are over."""
         async with task_group() as tasks:
             tasks.create_task(self.worker.run())
+            tasks.create_task(self.forwarding.run())
             tasks.create_task(self.service.run())
 
 

@@ -17,6 +17,10 @@ while it is used within its lease. Three rules keep it right whatever the networ
   `position > length`, or whose number is not the next, is `OutOfOrder`. The chunks of a prompt
   follow each other closely and may overtake: a step that is only early is held for a while.
 
+Sessions of one client share the pages of equal beginnings: forks, and those whose Opens bring the
+same prefix keys (`p2pllm.server.page_table`). The keys hold in the epoch of their Open, until a
+step rolls back; only the first one may begin before the end of what is shared.
+
 Who waits for pages may have those of idle sessions (`reclaim`), and their clients build them again.
 The longest idle goes first, and first of all one of a client that holds more than its share, after
 `RECLAIM_IDLE_S`. A client within its share loses a session only to one that stays within its own,
@@ -42,6 +46,7 @@ from p2pllm.errors import (
     StaleEpoch,
 )
 from p2pllm.ids import PeerId, SessionId
+from p2pllm.server.page_table import PageTable, names_of
 from p2pllm.server.pages import PAGE_TOKENS, PageAllocator, pages_for
 from p2pllm.spans import Span
 from p2pllm.wire.messages import HandOver, Open, Pull, Rewire, Row
@@ -77,11 +82,12 @@ class Session(Generic[OutputT]):
     epoch: int
     span: Span
     max_tokens: int
-    pages: tuple[int, ...]
+    table: PageTable
     request: Open  # what it was opened with: codec, tokens, successor
     expires: float
     next_peer: PeerId | None = None  # the successor, as `request.next_hop` proves; None: the client
     length: int = 0
+    num_shared: int = 0  # tokens that were here when it was opened
     last_step: int | None = None
     may_skip: bool = False  # no step of this epoch was accepted yet: numbers may be left out
     running: dict[int, Row] = field(default_factory=dict)  # accepted, output not there yet
@@ -91,6 +97,11 @@ class Session(Generic[OutputT]):
     reader_token: bytes = b""  # who presents it may read the pages; empty: nobody
 
     @property
+    def pages(self) -> tuple[int, ...]:
+        """Where its tokens lie, as the cache takes it."""
+        return self.table.pages
+
+    @property
     def next_step(self) -> int:
         """The number of the step whose turn it is, if none is left out."""
         return 0 if self.last_step is None else self.last_step + 1
@@ -98,7 +109,8 @@ class Session(Generic[OutputT]):
     @property
     def num_computed(self) -> int:
         """Tokens whose keys and values are in the cache for good, unless there is a rollback."""
-        return min([self.length, *(row.position for row in self.running.values())])
+        there = min([self.length, *(row.position for row in self.running.values())])
+        return self.table.num_settled(there)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +160,8 @@ class SessionTable(Generic[OutputT]):
         keeps the cache; with another one, or for more tokens than were reserved, the cache starts
         again from nothing: a new Session is returned, and the caller forgets what the old one had
         queued before anything else is opened.
+
+        With prefix keys, a session that has no step yet begins with the tokens that are here.
         """
         held = self._sessions.get(request.session)
         if held is not None:
@@ -156,18 +170,58 @@ class SessionTable(Generic[OutputT]):
                 self._raise_epoch(held, request.epoch)
                 held.request = request
                 held.expires = now + self._lease_s
+                self._share(held, request)
                 return held
-        self._check_room(request, held, now, others_wait=others_wait)
+        shared = self._shared(request) if held is None else ()
+        session = self._reserve(request, shared, now, held=held, others_wait=others_wait)
+        session.length = session.num_shared = len(shared) * PAGE_TOKENS
+        session.table.promise(request)
+        return session
+
+    def pages_needed(self, request: Open) -> int:
+        """Pages that the session would take of those that are free or cached."""
+        shared = self._shared(request)
+        return pages_for(request.max_tokens) - len(shared) + self._pages.num_unheld(shared)
+
+    def _shared(self, request: Open) -> tuple[int, ...]:
+        """The pages that a new session would begin with."""
+        return self._pages.find(names_of(request))[: pages_for(request.max_tokens)]
+
+    def _share(self, session: Session[OutputT], request: Open) -> None:
+        """Take in which tokens are promised; those that are here already count as computed."""
+        if not request.prefix_keys or session.last_step is not None:
+            return
+        session.table.promise(request)
+        if session.length == session.num_shared:
+            num_pages = session.table.adopt(session.length // PAGE_TOKENS)
+            session.length = session.num_shared = num_pages * PAGE_TOKENS
+
+    def _reserve(
+        self,
+        request: Open,
+        shared: Sequence[int],
+        now: float,
+        *,
+        held: Session[OutputT] | None = None,
+        others_wait: bool,
+    ) -> Session[OutputT]:
+        """A new, empty session whose first pages are `shared`, in the place of `held`."""
+        pool, client = self._pages, request.client
+        num_fresh = pages_for(request.max_tokens) - len(shared)
+        wanted = num_fresh + pool.num_unheld(shared)
+        self._check_room(request, held, wanted, now, others_wait=others_wait)
         if held is not None:
             self._drop(held)
-        pages = self._pages.allocate(request.client, pages_for(request.max_tokens))
+        pool.share(client, shared)
+        after = shared[-1] if shared else None
+        fresh = pool.allocate(client, num_fresh, after=after) if num_fresh else ()
         session: Session[OutputT] = Session(
             id=request.session,
-            client=request.client,
+            client=client,
             epoch=request.epoch,
             span=request.span,
-            max_tokens=len(pages) * PAGE_TOKENS,
-            pages=pages,
+            max_tokens=(len(shared) + num_fresh) * PAGE_TOKENS,
+            table=PageTable(pool, client, (*shared, *fresh)),
             request=request,
             expires=now + self._lease_s,
         )
@@ -175,19 +229,28 @@ class SessionTable(Generic[OutputT]):
         return session
 
     def _check_room(
-        self, request: Open, held: Session[OutputT] | None, now: float, *, others_wait: bool
+        self,
+        request: Open,
+        held: Session[OutputT] | None,
+        wanted: int,
+        now: float,
+        *,
+        others_wait: bool,
     ) -> None:
-        """Raise unless the request fits once `held`, which it replaces, is gone."""
+        """Raise unless the request fits once `held`, which it replaces, is gone.
+
+        `wanted`: pages that it needs and that nobody holds.
+        """
         others = len(self._sessions) - (held is not None)
         if others >= self._max_sessions:
             raise Busy(
                 f"{self._max_sessions} sessions are open here",
                 retry_after_s=self.next_expiry_s(now),
             )
-        wanted, returned = pages_for(request.max_tokens), len(held.pages) if held else 0
-        if wanted < 1:
+        returned = self._pages.num_returned(held.pages) if held else 0
+        if request.max_tokens < 1:
             raise BadRequest("a session has at least one token")
-        if wanted > self._pages.num_pages:
+        if pages_for(request.max_tokens) > self._pages.num_pages:
             raise BadRequest(
                 f"{request.max_tokens} tokens; the whole cache here holds "
                 f"{self._pages.num_pages * PAGE_TOKENS}"
@@ -252,8 +315,9 @@ class SessionTable(Generic[OutputT]):
         spare = [
             session for session in self._sessions.values() if self._may_go(session, now, waiting)
         ]
-        num_free = self._pages.num_free
-        if not num_free < waiting[0][1] <= num_free + sum(len(session.pages) for session in spare):
+        num_free, wanted = self._pages.num_free, waiting[0][1]
+        held = [page for session in spare for page in session.pages]
+        if not num_free < wanted <= num_free + self._pages.num_returned(held):
             return None
         longest = min(spare, key=lambda s: (not self._is_over_share(s.client), s.expires))
         self._drop(longest)
@@ -284,7 +348,7 @@ class SessionTable(Generic[OutputT]):
         for step in list(session.kept):
             self._let_go(session, step)
         self.take_held(session)
-        self._pages.release(session.client, session.pages)
+        session.table.release()
 
     # --- steps ---------------------------------------------------------------------------
 
@@ -306,7 +370,11 @@ class SessionTable(Generic[OutputT]):
         if last is not None and row.step <= last:
             return self._repeat(session, row)
         self._check_order(session, row)
-        session.last_step, session.length = row.step, row.position + row.num_tokens
+        stop = row.position + row.num_tokens
+        session.table.write(row.step, row.position, stop)
+        if last is not None and row.position < session.length:
+            session.table.keep_promised(row.position)
+        session.last_step, session.length = row.step, stop
         session.may_skip = False
         session.running[row.step] = row
         return Accepted(row)
@@ -362,6 +430,8 @@ class SessionTable(Generic[OutputT]):
             return None
         asked = session.asked_again.pop(row.step, row)
         del session.running[row.step]
+        session.table.on_computed(row.step)
+        session.table.publish(session.num_computed)
         self._keep(session, row.step, output, num_bytes)
         session.expires = now + self._lease_s
         return (session, asked) if asked.epoch == session.epoch else None
@@ -390,6 +460,7 @@ class SessionTable(Generic[OutputT]):
             return None
         lost = [step for step in session.running if step >= row.step]
         running = {step: session.running.pop(step) for step in lost}
+        session.table.on_failed(lost)
         session.length = min(session.length, row.position)
         session.last_step = row.step - 1
         return session, [session.asked_again.pop(step, running[step]) for step in lost]
@@ -399,7 +470,8 @@ class SessionTable(Generic[OutputT]):
     ) -> tuple[Session[OutputT], Session[OutputT]]:
         """Open `request` as a copy of the first `position` tokens of `source`.
 
-        Returns (source, new); the caller copies the pages. `source` must be idle.
+        Returns (source, new). They share the pages that are full; the caller copies the tokens in
+        the last one. `source` must be idle.
         """
         held = self._sessions.get(source)
         if held is None:
@@ -414,7 +486,8 @@ class SessionTable(Generic[OutputT]):
         if request.session in self._sessions:
             raise BadRequest(f"session {request.session} exists already")
         held.expires = now + self._lease_s
-        new = self.open(request, now, others_wait=others_wait)
+        shared = held.pages[: position // PAGE_TOKENS]
+        new = self._reserve(request, shared, now, others_wait=others_wait)
         new.length = position
         return held, new
 
@@ -527,6 +600,7 @@ class SessionTable(Generic[OutputT]):
         if epoch > session.epoch:
             session.epoch = epoch
             session.may_skip = True
+            session.table.keep_promised(0)  # of the tokens that come now
             session.asked_again.clear()  # that was an older route asking
             self.take_held(session)  # and those were its steps
 

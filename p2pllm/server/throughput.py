@@ -81,16 +81,16 @@ def _median_s(
     num_tokens = sum(row.num_tokens for row in rows)
     hidden = torch.randn(num_tokens, model.config.hidden_size).to(model.device, model.dtype)
     times = [
-        _timed(lambda: model.forward(hidden, rows, cache, span=model.span), model.device, timer)
+        _timed(lambda: model.forward(hidden, rows, cache, span=model.span), timer)
         for _ in range(passes + 1)
     ]
     return statistics.median(times[1:])
 
 
-def _timed(work: Callable[[], object], device: torch.device, timer: Callable[[], float]) -> float:
+def _timed(work: Callable[[], torch.Tensor], timer: Callable[[], float]) -> float:
     started = timer()
     with torch.inference_mode():
-        work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        output = work()
+    if output.is_cuda:  # of several devices the last one
+        torch.cuda.synchronize(output.device)
     return timer() - started

@@ -26,7 +26,16 @@ from p2pllm.ids import PeerId, SessionId
 from p2pllm.model.executor import Executor
 from p2pllm.model.kv_cache import CacheRow, KVCache
 from p2pllm.model.span_model import SpanCompute
-from p2pllm.model.tensor_io import decode_tensor, encode_tensor
+from p2pllm.model.staging import for_device, on_cpu
+from p2pllm.model.tensor_io import (
+    bytes_of,
+    decode_tensor,
+    encode_tensor,
+    is_finite,
+    is_plain,
+    plain_tensor,
+)
+from p2pllm.server.page_table import PageCopy
 from p2pllm.server.scheduler import Batch, Piece, Scheduler, Task
 from p2pllm.spans import Span
 from p2pllm.wire.messages import HopTiming, Open, Pages, Row
@@ -50,6 +59,7 @@ class _RowInput:
     source: "StepInput"
     offset: int  # of its first token in the step's tensor
     pages: tuple[int, ...]
+    copies: tuple[PageCopy, ...] = ()  # before its first piece
     outputs: list[Tensor] = field(default_factory=list)  # of the pieces computed so far
 
 
@@ -62,29 +72,46 @@ class StepInput:
     opening: Open  # how the outputs are to be coded, and where they go
     deadline: float  # nobody waits for the outputs after it
     timings: tuple[HopTiming, ...] = ()  # of the hops before
+    num_sharing: int = 1  # inputs, of this and other clients, made of the same message
     inputs: dict[Task, _RowInput] = field(default_factory=dict)
     decoded: Tensor | None = None  # by the device thread, when first needed
     error: str = ""  # why it could not be
 
-    def add(self, task: Task, offset: int, pages: tuple[int, ...]) -> None:
-        """Say that `task` is the rows of the tensor from `offset` on."""
-        self.inputs[task] = _RowInput(self, offset, pages)
+    def add(
+        self, task: Task, offset: int, pages: tuple[int, ...], copies: tuple[PageCopy, ...] = ()
+    ) -> None:
+        """Say that `task` is the rows of the tensor from `offset` on, and where they are cached."""
+        self.inputs[task] = _RowInput(self, offset, pages, copies)
+
+    @property
+    def num_bytes(self) -> int:
+        """Its share of what the message keeps in memory."""
+        return self.tensor.header.coded_bytes // self.num_sharing
 
     def num_outputs(self, row: Row) -> int:
         """Tokens of a row whose outputs are wanted: of its last ones only at the chain's end."""
         return row.num_tokens if self.opening.next_hop else row.num_outputs
 
-    def hidden(self, dtype: torch.dtype) -> Tensor:
-        """The whole tensor, decoded once; raises BadInput, each time, if that fails."""
+    def decode(self, dtype: torch.dtype) -> None:
+        """Decode the tensor, once, if it needs that; raises BadInput, each time, if that fails."""
         if self.error:
             raise BadInput(self.error)
-        if self.decoded is None:
+        if self.decoded is None and not is_plain(self.tensor, dtype):
             try:
                 self.decoded = decode_tensor(self.tensor, dtype=dtype)
             except CodecError as exc:
                 self.error = str(exc)
                 raise BadInput(self.error) from exc
-        return self.decoded
+
+    def put(self, start: int, stop: int, target: memoryview) -> None:
+        """Write rows `[start, stop)` of the tensor, as bytes. It is decoded, or plain."""
+        data = self.tensor.data if self.decoded is None else bytes_of(self.decoded)
+        row_bytes = len(target) // (stop - start)
+        target[:] = memoryview(data)[start * row_bytes : stop * row_bytes]
+
+
+_PieceInput = tuple[Piece, _RowInput]
+"""A piece to compute, and where it comes from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +170,7 @@ class Worker:
 
     def add(self, source: StepInput) -> None:
         """Queue the rows of a step; raises Busy, with none queued, if too much waits."""
-        num_bytes, held = source.tensor.header.coded_bytes, self._held_bytes[source.client]
+        num_bytes, held = source.num_bytes, self._held_bytes[source.client]
         in_all = self._held_bytes.total()
         if held and held + num_bytes > MAX_WAITING_BYTES_PER_CLIENT:
             raise Busy(f"{held} bytes of yours wait here", retry_after_s=RETRY_AFTER_S)
@@ -175,7 +202,7 @@ class Worker:
         source = row_input.source
         del source.inputs[task]
         if not source.inputs:
-            self._held_bytes[source.client] -= source.tensor.header.coded_bytes
+            self._held_bytes[source.client] -= source.num_bytes
             if not self._held_bytes[source.client]:
                 del self._held_bytes[source.client]
 
@@ -221,9 +248,10 @@ class Worker:
             if part.tensor.header.shape != expected:
                 raise CodecError(f"pages of shape {part.tensor.header.shape}, not {expected}")
             values = decode_tensor(part.tensor)
-            if values.dtype != self._cache.dtype or part.tensor.header.codec is not TensorCodec.RAW:
+            is_raw = part.tensor.header.codec is TensorCodec.RAW
+            if values.dtype != self._cache.moved_dtype or not is_raw:
                 raise CodecError(f"pages in {values.dtype}, not as the cache holds them")
-            if not torch.isfinite(values).all():
+            if not self._cache.is_finite(values):
                 raise CodecError("pages that hold NaN or infinity")
             self._cache.import_tokens(pages, first, part.position, values)
 
@@ -249,6 +277,7 @@ class Worker:
             error = RemoteFault("the computation failed at the server")
             done = _Done([], [(piece.task, error) for piece in batch.pieces])
         now = self._now()
+        self._scheduler.on_computed(batch, now - started)
         self.tokens_computed += sum(piece.num_tokens for piece in batch.pieces)
         self._hand_over(batch, done, now)
 
@@ -289,59 +318,131 @@ class Worker:
     @torch.inference_mode()
     def _compute(self, batch: Batch, inputs: Sequence[_RowInput], now: float) -> _Done:
         failed: list[tuple[Task, RequestFailed]] = []
-        pieces: list[tuple[Piece, _RowInput, Tensor]] = []
+        pieces: list[_PieceInput] = []
         for piece, row_input in zip(batch.pieces, inputs, strict=True):
             try:
-                hidden = self._hidden(piece, row_input, now)
+                self._check(row_input.source, now)
             except RequestFailed as exc:
                 failed.append((piece.task, exc))
             else:
-                pieces.append((piece, row_input, hidden))
+                pieces.append((piece, row_input))
+        hidden = self._packed(pieces)
+        if not is_finite(hidden):  # asked of the batch once: looking takes time
+            pieces = _only_finite(pieces, hidden, failed)
+            hidden = self._packed(pieces)
         if not pieces:
-            return _Done([], failed)
+            return _Done([], failed)  # all were late, or no good
+        self._copy_shared(pieces)
         rows = [
             CacheRow(row_input.pages, piece.task.row.position + piece.start, piece.num_tokens)
-            for piece, row_input, _ in pieces
+            for piece, row_input in pieces
         ]
-        hidden = torch.cat([part for _, _, part in pieces]) if len(pieces) > 1 else pieces[0][2]
         output = self._model.forward(hidden, rows, self._cache, span=batch.span)
-        return self._code(pieces, output, failed)
+        return self._code(pieces, on_cpu(output), failed)
 
-    def _hidden(self, piece: Piece, row_input: _RowInput, now: float) -> Tensor:
-        """The piece's hidden states (num_tokens, D), decoded and checked."""
-        if row_input.source.deadline < now:
+    def _copy_shared(self, pieces: Sequence[_PieceInput]) -> None:
+        """Give rows that begin inside of a shared page its first tokens in one of their own."""
+        for piece, row_input in pieces:
+            for copy in row_input.copies if piece.start == 0 else ():
+                self._cache.copy((copy.source,), (copy.target,), copy.num_tokens)
+
+    def _check(self, source: StepInput, now: float) -> None:
+        """Does somebody wait for this, and can it be decoded?"""
+        if source.deadline < now:
             raise Busy("the step's time was over before its turn came", retry_after_s=RETRY_AFTER_S)
-        start = row_input.offset + piece.start
-        decoded = row_input.source.hidden(self._model.dtype)
-        hidden = decoded[start : start + piece.num_tokens].to(self._model.device)
-        if not torch.isfinite(hidden).all():
-            raise BadInput("the step's tensor holds NaN or infinity")
+        source.decode(self._model.dtype)
+
+    def _packed(self, pieces: Sequence[_PieceInput]) -> Tensor:
+        """All pieces' hidden states, (N, D), on the CPU."""
+        model, start = self._model, 0
+        num_tokens = sum(piece.num_tokens for piece, _ in pieces)
+        hidden = for_device((num_tokens, model.config.hidden_size), model.dtype, model.device)
+        # Bytes, because making a tensor of each row takes longer than copying it.
+        target, row_bytes = bytes_of(hidden), model.config.hidden_size * model.dtype.itemsize
+        for piece, row_input in pieces:
+            stop, first = start + piece.num_tokens, row_input.offset + piece.start
+            part = target[start * row_bytes : stop * row_bytes]
+            row_input.source.put(first, first + piece.num_tokens, part)
+            start = stop
         return hidden
 
     def _code(
         self,
-        pieces: Sequence[tuple[Piece, _RowInput, Tensor]],
+        pieces: Sequence[_PieceInput],
         output: Tensor,
         failed: list[tuple[Task, RequestFailed]],
     ) -> _Done:
-        """Cut the output into rows, keep the unfinished, code the finished step by step."""
-        ready: dict[StepInput, list[tuple[Task, Tensor]]] = {}
+        """Cut the output into rows, keep the unfinished, code the finished step by step.
+
+        output: (N, D), on the CPU.
+        """
+        all_finite = is_finite(output)
+        ready: dict[StepInput, list[tuple[Task, Tensor | slice]]] = {}
         start = 0
-        for piece, row_input, _ in pieces:
-            row_input.outputs.append(output[start : start + piece.num_tokens])
-            start += piece.num_tokens
-            if piece.is_last:
-                wanted = row_input.source.num_outputs(piece.task.row)
+        for piece, row_input in pieces:
+            stop, task = start + piece.num_tokens, piece.task
+            whole, start = slice(start, stop), stop
+            if not piece.is_last or row_input.outputs:
+                row_input.outputs.append(output[whole])
+            if not piece.is_last:
+                continue
+            wanted = row_input.source.num_outputs(task.row)
+            result: Tensor | slice = slice(max(whole.start, stop - wanted), stop)
+            if row_input.outputs:
                 result = torch.cat(row_input.outputs)[-wanted:]
-                if torch.isfinite(result).all():
-                    ready.setdefault(row_input.source, []).append((piece.task, result))
-                else:
-                    failed.append((piece.task, RemoteFault("the output is not finite")))
-        coded = []
-        for source, results in ready.items():
-            packed = torch.cat([result for _, result in results])
-            tensor = encode_tensor(
-                packed, source.opening.codec, compress=source.opening.is_compressed
-            )
-            coded.append((source, [task for task, _ in results], tensor))
+            if (all_finite and not row_input.outputs) or is_finite(_rows(output, result)):
+                ready.setdefault(row_input.source, []).append((task, result))
+            else:
+                failed.append((task, RemoteFault("the output is not finite")))
+        coder = _Coder(output)
+        coded = [
+            (source, [task for task, _ in results], coder.code(source, [r for _, r in results]))
+            for source, results in ready.items()
+        ]
         return _Done(coded, failed)
+
+
+def _rows(output: Tensor, result: Tensor | slice) -> Tensor:
+    return output[result] if isinstance(result, slice) else result
+
+
+class _Coder:
+    """Codes rows of one batch's output (N, D), or of what was kept of earlier ones."""
+
+    def __init__(self, output: Tensor) -> None:
+        self._output = output
+        self._bytes = bytes_of(output.contiguous())
+        self._row_bytes = output.shape[1] * output.itemsize
+
+    def code(self, source: StepInput, results: Sequence[Tensor | slice]) -> WireTensor:
+        """The results of one step, as its opener wants them.
+
+        Copied, also a single row: what is kept for a client must not hold the whole batch. Decode
+        steps are rows of one batch, and those that travel as they are become bytes at once: a
+        tensor for each row takes several times as long.
+        """
+        opening = source.opening
+        if opening.codec is TensorCodec.RAW and not opening.is_compressed:
+            places = [result for result in results if isinstance(result, slice)]
+            if len(places) == len(results):
+                return plain_tensor(self._joined(places), self._output)
+        values = torch.cat([_rows(self._output, result) for result in results])
+        return encode_tensor(values, opening.codec, compress=opening.is_compressed)
+
+    def _joined(self, places: Sequence[slice]) -> bytes:
+        size = self._row_bytes
+        return b"".join([self._bytes[p.start * size : p.stop * size] for p in places])
+
+
+def _only_finite(
+    pieces: Sequence[_PieceInput], hidden: Tensor, failed: list[tuple[Task, RequestFailed]]
+) -> list[_PieceInput]:
+    """The pieces without NaN and infinity, whose hidden states (N, D) these are; others fail."""
+    good = []
+    parts = hidden.split([piece.num_tokens for piece, _ in pieces])
+    for each, part in zip(pieces, parts, strict=True):
+        if is_finite(part):
+            good.append(each)
+        else:
+            failed.append((each[0].task, BadInput("the step's tensor holds NaN or infinity")))
+    return good

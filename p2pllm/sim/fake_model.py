@@ -20,6 +20,7 @@ from torch import Tensor
 
 from p2pllm.errors import LocalProtocolError
 from p2pllm.model.config import ModelConfig
+from p2pllm.model.forward_pass import Pass
 from p2pllm.model.kv_cache import CacheRow, KVCache, Rows
 from p2pllm.spans import Span
 
@@ -52,11 +53,11 @@ class FakeCache(KVCache):
         if row.position == 0:
             return torch.zeros(WIDTH, dtype=torch.int64)
         slot = self._slot(row, row.position - 1)
-        return self._storage[block, 0, slot].to(torch.int64)
+        return self.block(block)[0, slot].to(torch.int64)
 
     def write(self, block: int, slots: Tensor, states: Tensor) -> None:
         """Keep the states (T, WIDTH) after each of a row's tokens."""
-        self._storage[block, 0].index_copy_(0, slots, states.to(self._storage.dtype))
+        self.block(block)[0].index_copy_(0, slots, states.to(self.dtype))
 
 
 @dataclass
@@ -98,6 +99,9 @@ class FakeSpanModel:
             dtype=self.dtype,
         )
 
+    def prepare(self, cache: KVCache, max_batch: int) -> None:
+        """There is nothing to prepare."""
+
     def forward(
         self, hidden: Tensor, rows: Rows, cache: KVCache, span: Span | None = None
     ) -> Tensor:
@@ -124,6 +128,25 @@ class FakeSpanModel:
             a, b = 1 + (2 * block + 2) % (MODULUS - 1), 1 + (3 * block + 4) % (MODULUS - 1)
             x = _centred(a * x + b * torch.cat(parts).roll(1, -1) + block)
         return x.to(self.dtype)
+
+    def forward_pass(
+        self, hidden: Tensor, lengths: Sequence[int], span: Span | None = None
+    ) -> Pass:
+        """As `SpanModel.forward_pass`, a block of one sequence at a time."""
+        span = self.span if span is None else span
+        if not self.span.covers(span) or hidden.shape != (sum(lengths), WIDTH):
+            raise LocalProtocolError(f"blocks {span} of {self.span}, {tuple(hidden.shape)} hidden")
+        return self._pass(hidden, lengths, span)
+
+    def _pass(self, hidden: Tensor, lengths: Sequence[int], span: Span) -> Pass:
+        outputs = []
+        for sequence in hidden.split(list(lengths)):
+            cache, row = self.make_cache(1, len(sequence)), CacheRow((0,), 0, len(sequence))
+            for block in span:
+                sequence = self.forward(sequence, [row], cache, Span(block, block + 1))
+                yield len(sequence)
+            outputs.append(sequence)
+        return torch.cat(outputs)
 
     def forget_all_but(self, kept: Span | None) -> None:
         """There is nothing to forget."""

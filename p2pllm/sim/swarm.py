@@ -30,6 +30,7 @@ from p2pllm.config import ClientConfig, DhtConfig, NetConfig, NodeConfig, Server
 from p2pllm.identity import Identity
 from p2pllm.ids import ModelId
 from p2pllm.model.config import ModelConfig
+from p2pllm.model.edges import EdgeCompute
 from p2pllm.model.span_model import SpanCompute
 from p2pllm.server.server import BlockChoice, Server
 from p2pllm.server.source import LoadProgress
@@ -117,7 +118,7 @@ class FakeSource:
         settings: ServerConfig,
         on_progress: LoadProgress | None,
         loaded: SpanCompute | None = None,
-    ) -> FakeSpanModel:
+    ) -> SpanCompute:
         return FakeSpanModel(self.config, span, self.device)
 
 
@@ -131,9 +132,17 @@ class SimSwarm:
     """Hosts 10.0.0.1, 10.0.0.2, … on one simulated internet; the first one is a bootstrap node."""
 
     def __init__(
-        self, num_blocks: int, *, line: ShaperConfig = ShaperConfig(delay_s=0.005), seed: int = 0
+        self,
+        num_blocks: int,
+        *,
+        line: ShaperConfig = ShaperConfig(delay_s=0.005),
+        seed: int = 0,
+        source: FakeSource | None = None,
+        edges: EdgeCompute | None = None,
     ) -> None:
-        self.source = fake_source(num_blocks)
+        """`source` and `edges`: another model than the fake one, as servers and clients load it."""
+        self.source = source or fake_source(num_blocks)
+        self._edges = edges or FakeEdges(self.source.config)
         self.internet = SimNetwork(line, seed=seed)
         self._rng = random.Random(seed)
         self._clock = LoopClock()
@@ -199,8 +208,8 @@ class SimSwarm:
             rng=self._rng,
         ) as swarm:
             source, tokenizer = self.source, BytesTokenizer(eos_ids)
-            edges = FakeEdges(source.config)
-            yield await swarm.use(ModelParts(source.model_id, source.config, tokenizer, edges))
+            parts = ModelParts(source.model_id, source.config, tokenizer, self._edges)
+            yield await swarm.use(parts)
 
     def expected(self, prompt: str | Sequence[int], num_tokens: int) -> tuple[int, ...]:
         """The greedy continuation that the whole model gives in one process."""

@@ -17,8 +17,6 @@ MAX_DEPTH = 16  # arrays and maps within each other; a message's body needs 3
 # What a value may be, besides arrays and maps. Extension types (also msgpack's timestamp) are not.
 _ATOMS = frozenset({int, float, str, bytes, bool, type(None)})
 
-_U16, _U32, _U64 = struct.Struct(">H"), struct.Struct(">I"), struct.Struct(">Q")
-
 
 class Reader:
     """A cursor over bytes that never reads past their end."""
@@ -41,57 +39,14 @@ class Reader:
         start, self._at = self._at, self._at + num_bytes
         return self._view[start : self._at]
 
-    def u8(self) -> int:
-        return self.take(1)[0]
-
-    def u16(self) -> int:
-        return int(_U16.unpack(self.take(2))[0])
-
-    def u32(self) -> int:
-        return int(_U32.unpack(self.take(4))[0])
-
-    def u64(self) -> int:
-        return int(_U64.unpack(self.take(8))[0])
+    def fields(self, layout: struct.Struct) -> tuple[int, ...]:
+        """Numbers that stand one after the other."""
+        return layout.unpack(self.take(layout.size))
 
     def finish(self) -> None:
         """Raise CodecError unless everything has been read."""
         if self.remaining:
             raise CodecError(f"{self.remaining} bytes too many")
-
-
-class Writer:
-    """Collects big-endian fields; `getvalue` joins them once."""
-
-    __slots__ = ("_parts",)
-
-    def __init__(self) -> None:
-        self._parts: list[bytes] = []
-
-    def u8(self, value: int) -> "Writer":
-        return self._number(value, 1)
-
-    def u16(self, value: int) -> "Writer":
-        return self._number(value, 2)
-
-    def u32(self, value: int) -> "Writer":
-        return self._number(value, 4)
-
-    def u64(self, value: int) -> "Writer":
-        return self._number(value, 8)
-
-    def raw(self, value: bytes) -> "Writer":
-        self._parts.append(value)
-        return self
-
-    def getvalue(self) -> bytes:
-        return b"".join(self._parts)
-
-    def _number(self, value: int, num_bytes: int) -> "Writer":
-        try:
-            self._parts.append(value.to_bytes(num_bytes, "big"))
-        except OverflowError as exc:
-            raise LocalProtocolError(f"{value} does not fit {num_bytes} bytes") from exc
-        return self
 
 
 def pack(value: object) -> bytes:

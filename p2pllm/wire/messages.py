@@ -15,6 +15,8 @@ docs/protocol.md tells what each message is for and who answers it with what.
 """
 
 import enum
+import operator
+import struct
 import types
 import typing
 from collections.abc import Callable
@@ -24,8 +26,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from p2pllm.errors import REQUEST_ERRORS, CodecError, LocalProtocolError, RequestFailed
 from p2pllm.ids import ModelId, PeerId, SessionId
 from p2pllm.spans import Span
-from p2pllm.wire.codec import Reader, Writer, pack, unpack_map
-from p2pllm.wire.tensors import TensorCodec, WireTensor, read_tensor
+from p2pllm.wire.codec import Reader, pack, unpack_map
+from p2pllm.wire.tensors import DType, TensorCodec, WireTensor, read_tensor
 
 MAX_BODY_BYTES = 64 * 2**10  # everything but tensors; the largest is a 16 KiB page of records
 MAX_TENSORS = 4
@@ -33,6 +35,9 @@ MAX_TEXT = 1024  # characters of an error's sentence or a name
 MAX_ITEMS = 1024  # entries of any array in a body
 HEAD_BYTES = 8
 MAX_COUNT = 2**31 - 1  # of anything that is numbered or counted
+PREFIX_TOKENS = 64  # that each further prefix key of an Open stands for: a page of the caches
+PREFIX_KEY_BYTES = 16
+MAX_PREFIX_KEYS = 128  # of an Open: the first 8192 tokens of a prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +260,8 @@ class Open(Message):
     peer record, empty for the last) and `next_token` are what this hop needs to push onwards.
     With `source`, the signed peer record of a server that holds the session's blocks already, a
     new session's first `source_position` tokens are pulled from there: see `HandOver`.
+    `prefix_keys` name the session's first tokens, 64 more each: those that sessions of this client
+    with the same keys have left here need not be computed again, and `Opened.position` says so.
     """
 
     session: SessionId
@@ -274,6 +281,7 @@ class Open(Message):
     source: bytes = b""
     source_token: bytes = b""
     source_position: Count = 0
+    prefix_keys: tuple[bytes, ...] = ()
 
 
 @message(33)
@@ -282,8 +290,9 @@ class Opened(Message):
     """The session is open with room for `max_tokens`, and stays while used within `lease_s`.
 
     `next_rtt_s` is the measured round trip to the next hop; negative if it could not be reached
-    or there is none. `position` is the cache's length (above 0 when taken over or handed over),
-    `next_step` the number that follows the newest step seen (0: none was).
+    or there is none. `position` is the cache's length (above 0 when taken over, handed over, or
+    begun with a prefix that was there), `next_step` the number that follows the newest step seen
+    (0: none was).
     """
 
     lease_s: Seconds
@@ -421,7 +430,8 @@ class Pull(Message):
 class Pages(Message):
     """Keys and values of tokens `[position, position + num_tokens)`, as the cache holds them.
 
-    `tensor`: (blocks, 2 · kv_heads, num_tokens, head_dim), all keys before all values, raw.
+    `tensor`: (blocks, 2 · kv_heads, num_tokens, head_dim), all keys before all values, raw. In
+    8 bits the last dimension has head_dim codes, and then the two bytes of their scale.
     `checksum`: CRC-32 of its data.
     """
 
@@ -443,28 +453,54 @@ class Stay(Message):
     span: Span
 
 
+# --- without a session -----------------------------------------------------------------------
+
+
+@message(56)
+@dataclass(frozen=True, slots=True)
+class Forward(Message):
+    """Run whole sequences through blocks, and keep nothing. Answered with `Forwarded`.
+
+    `tensor` packs the sequences' hidden states without padding: (sum of lengths, D). Each begins
+    at position 0. `codec` and `is_compressed`: how the answer is to be coded.
+    """
+
+    model: ModelId
+    numerics: Numerics
+    span: Span
+    lengths: tuple[Positive, ...]
+    tensor: WireTensor
+    codec: TensorCodec = TensorCodec.RAW
+    is_compressed: bool = False
+
+
+@message(57)
+@dataclass(frozen=True, slots=True)
+class Forwarded(Message):
+    """The last block's outputs, packed as the hidden states of the `Forward` were."""
+
+    tensor: WireTensor
+    timing: HopTiming
+
+
 # --- bodies ----------------------------------------------------------------------------------
+
+
+_HEAD = struct.Struct(">HBBI")  # type, version, tensors, bytes of the body
 
 
 def encode_head(msg: Message) -> bytes:
     """Head and body: all but the tensors, which `tensors_of` gives."""
-    body: dict[str, Any] = {}
-    for name, _, to_wire, _ in _schema(type(msg)):
-        value = getattr(msg, name)
-        if to_wire is not None:
-            body[name] = to_wire(value)
-    packed = pack(body)
+    schema = _schema(type(msg))
+    packed = pack({name: to_wire(getattr(msg, name)) for name, to_wire in schema.encoders})
     if len(packed) > MAX_BODY_BYTES:
         raise LocalProtocolError(f"{type(msg).__name__} of {len(packed)} bytes is too large")
-    writer = Writer().u16(msg.TYPE).u8(msg.VERSION).u8(len(tensors_of(msg))).u32(len(packed))
-    return writer.raw(packed).getvalue()
+    return _HEAD.pack(msg.TYPE, msg.VERSION, len(schema.tensors), len(packed)) + packed
 
 
 def tensors_of(msg: Message) -> tuple[WireTensor, ...]:
     """The tensors that follow the body, in the order of the fields."""
-    return tuple(
-        getattr(msg, name) for name, _, to_wire, _ in _schema(type(msg)) if to_wire is None
-    )
+    return tuple(getattr(msg, name) for name in _schema(type(msg)).tensors)
 
 
 def encode_message(msg: Message) -> list[bytes | bytearray | memoryview]:
@@ -478,7 +514,7 @@ def encode_message(msg: Message) -> list[bytes | bytearray | memoryview]:
 def decode_message(data: bytes | bytearray | memoryview) -> Message:
     """Parse one whole message; raises CodecError. Tensor data stays a view of `data`."""
     reader = Reader(data)
-    number, version, num_tensors = reader.u16(), reader.u8(), reader.u8()
+    number, version, num_tensors, num_bytes = reader.fields(_HEAD)
     cls = MESSAGES.get(number)
     if cls is None:
         raise CodecError(f"unknown message type {number}")
@@ -486,7 +522,6 @@ def decode_message(data: bytes | bytearray | memoryview) -> Message:
         raise CodecError(f"message version {version}")
     if num_tensors > MAX_TENSORS:
         raise CodecError(f"{num_tensors} tensors; at most {MAX_TENSORS} are allowed")
-    num_bytes = reader.u32()
     if num_bytes > MAX_BODY_BYTES:
         raise CodecError(f"a body of {num_bytes} bytes; {MAX_BODY_BYTES} are allowed")
     body = unpack_map(reader.take(num_bytes), max_bytes=MAX_BODY_BYTES)
@@ -496,17 +531,16 @@ def decode_message(data: bytes | bytearray | memoryview) -> Message:
 
 
 def _build(cls: type[Message], body: dict[str, Any], tensors: list[WireTensor]) -> Message:
-    values: dict[str, Any] = {}
-    spare = iter(tensors)
-    for name, default, to_wire, from_wire in _schema(cls):
-        if to_wire is None:
-            tensor = next(spare, None)
-            if tensor is None:
-                raise CodecError(f"{cls.__name__} lacks its tensor")
-            values[name] = tensor
-        elif name in body:
+    schema = _schema(cls)
+    if len(tensors) < len(schema.tensors):
+        raise CodecError(f"{cls.__name__} lacks its tensor")
+    if cls is not Pages and any(tensor.header.dtype is DType.INT8 for tensor in tensors):
+        raise CodecError(f"{cls.__name__} with hidden states in a type that is for pages only")
+    values: dict[str, Any] = dict(zip(schema.tensors, tensors, strict=False))
+    for name, from_wire in schema.decoders:
+        if name in body:
             values[name] = from_wire(body[name])
-        elif default is MISSING:
+        elif name in schema.required:
             raise CodecError(f"{cls.__name__} lacks {name!r}")
     return cls(**values)
 
@@ -514,27 +548,46 @@ def _build(cls: type[Message], body: dict[str, Any], tensors: list[WireTensor]) 
 # --- schemas: one pair of functions per field, made once per class from its annotations --------
 
 _Convert = Callable[[Any], Any]
-_Field = tuple[str, Any, _Convert | None, _Convert]  # name, default, to wire, from wire
-_SCHEMAS: dict[type, list[_Field]] = {}
 
 
-def _schema(cls: type) -> list[_Field]:
+@dataclass(frozen=True, slots=True)
+class _Schema:
+    """What a class's fields are on the wire, in their order. Every token passes here six times."""
+
+    encoders: tuple[tuple[str, _Convert], ...]  # of all fields but tensors
+    decoders: tuple[tuple[str, _Convert], ...]
+    required: frozenset[str]  # of these
+    tensors: tuple[str, ...]  # the names of the others
+
+
+_SCHEMAS: dict[type, _Schema] = {}
+
+
+def _schema(cls: type) -> _Schema:
     schema = _SCHEMAS.get(cls)
     if schema is None:
         hints = typing.get_type_hints(cls, include_extras=True)
-        schema = _SCHEMAS[cls] = []
+        encoders, decoders, required, tensors = [], [], set(), []
         for item in fields(cls):
+            if hints[item.name] is WireTensor:
+                tensors.append(item.name)
+                continue
             to_wire, from_wire = _converters(hints[item.name])
-            schema.append((item.name, item.default, to_wire, from_wire))
+            encoders.append((item.name, to_wire))
+            decoders.append((item.name, from_wire))
+            if item.default is MISSING:
+                required.add(item.name)
+        schema = _Schema(tuple(encoders), tuple(decoders), frozenset(required), tuple(tensors))
+        _SCHEMAS[cls] = schema
     return schema
 
 
-def _converters(kind: Any) -> tuple[_Convert | None, _Convert]:
-    if kind is WireTensor:
-        return None, _same
+def _converters(kind: Any) -> tuple[_Convert, _Convert]:
+    """How a value of this type is turned into what msgpack knows, and checked and turned back."""
+    assert kind is not WireTensor, "tensors stand alone"
     if typing.get_origin(kind) is Annotated:
         number, bounds = typing.get_args(kind)
-        return _same, lambda value: _bounded(_SCALARS[number](value), bounds)
+        return _same, _bounded(number, bounds)
     if kind in _SCALARS:
         return _same, _SCALARS[kind]
     if kind in _IDS:
@@ -543,22 +596,33 @@ def _converters(kind: Any) -> tuple[_Convert | None, _Convert]:
         return int, lambda value: _enum(kind, value)
     if typing.get_origin(kind) is tuple:
         item_to, item_from = _converters(typing.get_args(kind)[0])
-        assert item_to is not None, "tensors stand alone"
         return (
             lambda value: [item_to(item) for item in value],
-            lambda value: tuple(item_from(item) for item in _array(value)),
+            lambda value: tuple([item_from(item) for item in _array(value)]),
         )
     assert not isinstance(kind, types.UnionType), "an absent value has a default, not a None"
-    return lambda value: [to(getattr(value, n)) for n, _, to, _ in _schema(kind) if to], (
-        lambda value: _nested(kind, value)
-    )
+    return _nested(kind)
 
 
-def _nested(cls: type, value: Any) -> Any:
-    items, schema = _array(value), _schema(cls)
-    if len(items) < sum(default is MISSING for _, default, _, _ in schema):
-        raise CodecError(f"{cls.__name__} is too short")
-    return cls(*(convert(item) for item, (_, _, _, convert) in zip(items, schema, strict=False)))
+def _nested(cls: type) -> tuple[_Convert, _Convert]:
+    """Of a dataclass inside a message: an array of its fields."""
+    schema = _schema(cls)
+    names = [name for name, _ in schema.encoders]
+    to_wire = [convert for _, convert in schema.encoders]
+    from_wire = [convert for _, convert in schema.decoders]
+    get_all = operator.attrgetter(*names)
+    assert len(names) > 1, "attrgetter gives no tuple for one"
+
+    def encode(value: Any) -> list[Any]:
+        return [convert(item) for convert, item in zip(to_wire, get_all(value), strict=True)]
+
+    def decode(value: Any) -> Any:
+        items = _array(value)
+        if len(items) < len(schema.required):
+            raise CodecError(f"{cls.__name__} is too short")
+        return cls(*[convert(item) for convert, item in zip(from_wire, items, strict=False)])
+
+    return encode, decode
 
 
 def _array(value: Any) -> list[Any]:
@@ -590,10 +654,18 @@ def _float(value: Any) -> float:
     return float(value)
 
 
-def _bounded(value: Any, bounds: Between) -> Any:
-    if not bounds.least <= value <= bounds.most:
-        raise CodecError(f"{value} where {bounds.least} to {bounds.most} is expected")
-    return value
+def _bounded(number: type, bounds: Between) -> _Convert:
+    """The check of a number of that type within bounds."""
+    read, least, most = _SCALARS[number], bounds.least, bounds.most
+
+    def check(value: Any) -> Any:
+        if type(value) is not number:
+            value = read(value)
+        if least <= value <= most:  # which NaN is not
+            return value
+        raise CodecError(f"{value} where {least} to {most} is expected")
+
+    return check
 
 
 def _bool(value: Any) -> bool:

@@ -10,9 +10,10 @@ is turned into the float32 values that it decodes to: larger, but a receiver com
 Only bytes are handled here; values between torch and the wire are `p2pllm.model.tensor_io`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import zstandard
@@ -27,7 +28,13 @@ from p2pllm.wire.tensors import (
     WireTensor,
 )
 
+# Of several steps in one message. With 64 bytes for a row and its push token, 256 rows are a
+# quarter of what a body may have; with the longest of tokens half.
+TOKENS_TOGETHER = 256
+
 _BF16_EXPONENT = 0x7F80
+
+T = TypeVar("T")
 
 Buffer = bytes | bytearray | memoryview
 
@@ -133,6 +140,32 @@ def joined(tensors: Sequence[WireTensor]) -> WireTensor:
     Raises CodecError as `split` does, LocalProtocolError unless the tensors can be joined.
     """
     return assembled([split(tensor) for tensor in tensors])
+
+
+def may_join_others(header: TensorHeader) -> bool:
+    """Whether a tensor's rows may be joined with others' just to save a message.
+
+    What was compressed stays so: somebody has a narrow line, and `joined` would undo it.
+    """
+    return header.compression is Compression.NONE
+
+
+def messages_of(items: Sequence[T], num_tokens: Callable[[T], int]) -> Iterator[list[T]]:
+    """Divide steps that may travel together into messages of at most `TOKENS_TOGETHER` tokens.
+
+    A step is never divided, so one that is larger is a message of its own.
+    """
+    message: list[T] = []
+    total = 0
+    for item in items:
+        count = num_tokens(item)
+        if message and total + count > TOKENS_TOGETHER:
+            yield message
+            message, total = [], 0
+        message.append(item)
+        total += count
+    if message:
+        yield message
 
 
 def row_coding(header: TensorHeader) -> RowCoding:

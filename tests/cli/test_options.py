@@ -187,6 +187,7 @@ def test_json_is_one_object_with_the_fields_that_scripts_rely_on(
         "route": [],
         "recoveries": [],
         "journal_peak_bytes": 0,
+        "cached_prompt_tokens": 0,
     }
 
 

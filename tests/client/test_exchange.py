@@ -1,13 +1,15 @@
 """Answers find the step that waits for them, whatever order they come in and whoever sends them."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+import itertools
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 import torch
+import zstandard
 
 from p2pllm.client.exchange import Exchange, Hedge, Interrupted, Part
 from p2pllm.errors import (
@@ -17,18 +19,20 @@ from p2pllm.errors import (
     DeadlineExceeded,
     OutOfOrder,
     P2PLLMError,
+    RemoteProtocolError,
     RequestFailed,
     StepFailed,
 )
 from p2pllm.ids import PeerId, SessionId
-from p2pllm.model.tensor_io import encode_tensor
+from p2pllm.model.tensor_io import decode_tensor, encode_tensor
 from p2pllm.net.endpoint import Endpoint
 from p2pllm.net.frames import Priority
-from p2pllm.net.rpc import Request
+from p2pllm.net.rpc import InstantHandler, OnEnd, Request
 from p2pllm.net.watch import OnLost
 from p2pllm.sim.loop import run
 from p2pllm.wire.messages import HopFailed, HopTiming, Leaving, Message, Output, Row, Step
-from p2pllm.wire.tensors import TensorCodec, WireTensor
+from p2pllm.wire.rows import TOKENS_TOGETHER
+from p2pllm.wire.tensors import Compression, DType, TensorCodec, TensorHeader, WireTensor
 
 SERVER, OTHER = PeerId(b"s" * 32), PeerId(b"o" * 32)
 TIMEOUT_S = 5.0
@@ -46,18 +50,17 @@ def tensor(num_rows: int) -> WireTensor:
 
 
 class FakeEndpoint:
-    """Takes pushes and does nothing with them; `arrive` and `lose` are what the network brings."""
+    """Takes posts and does nothing with them; `arrive` and `lose` are what the network brings."""
 
     def __init__(self) -> None:
         self.suspected: set[PeerId] = set()
-        self.handlers: dict[type[Message], Callable[[Request[Any]], Awaitable[Message]]] = {}
+        self.handlers: dict[type[Message], InstantHandler[Any]] = {}
         self.pushed: list[tuple[PeerId, Message]] = []
         self.watched: list[tuple[PeerId, OnLost]] = []
-        self.push_ends: asyncio.Future[None] | None = None  # None: at once
+        self.is_broken = False  # every post fails at once
+        self.ends: list[OnEnd] = []  # of those under way
 
-    def handle(
-        self, kind: type[Message], handler: Callable[[Request[Any]], Awaitable[Message]]
-    ) -> None:
+    def handle_at_once(self, kind: type[Message], handler: InstantHandler[Any]) -> None:
         self.handlers[kind] = handler
 
     def is_connected(self, peer: PeerId) -> bool:
@@ -66,10 +69,12 @@ class FakeEndpoint:
     def is_suspected(self, peer: PeerId) -> bool:
         return peer in self.suspected
 
-    async def push(self, peer: PeerId, message: Message, **_: object) -> None:
+    def post(self, peer: PeerId, message: Message, on_end: OnEnd, **_: object) -> None:
         self.pushed.append((peer, message))
-        if self.push_ends is not None:
-            await self.push_ends
+        if self.is_broken:
+            on_end(ConnectionLost("gone"))
+        else:
+            self.ends.append(on_end)
 
     @contextmanager
     def watch(self, peer: PeerId, on_lost: OnLost) -> Iterator[None]:
@@ -80,7 +85,7 @@ class FakeEndpoint:
             self.watched.remove((peer, on_lost))
 
     async def arrive(self, message: Message, sender: PeerId = SERVER) -> None:
-        await self.handlers[type(message)](Request(sender, message, 0.0, None))
+        self.handlers[type(message)](Request(sender, message, 0.0, None))
 
     def lose(self, peer: PeerId) -> None:
         for watched, on_lost in list(self.watched):
@@ -177,7 +182,7 @@ def test_an_output_of_something_else_is_ignored(rows: tuple[Row, ...]) -> None:
     async def scenario(endpoint: FakeEndpoint, waiting: Waiting) -> None:
         await endpoint.arrive(output(*rows))
         await endpoint.arrive(output(*ROWS))
-        assert [part.rows for part in await waiting] == [ROWS]
+        assert [row for part in await waiting for row in part.rows] == list(ROWS)
 
     with_step(scenario)
 
@@ -263,8 +268,7 @@ def test_each_hop_of_a_step_is_watched_while_it_is_under_way() -> None:
 
 def test_a_first_hop_that_cannot_be_reached_is_the_one_that_failed() -> None:
     def prepare(endpoint: FakeEndpoint, exchange: Exchange) -> None:
-        endpoint.push_ends = asyncio.get_running_loop().create_future()
-        endpoint.push_ends.set_exception(ConnectionLost("gone"))
+        endpoint.is_broken = True
 
     async def scenario(endpoint: FakeEndpoint, waiting: Waiting) -> None:
         failure = await failure_of(waiting)
@@ -291,19 +295,15 @@ def test_a_hop_may_name_the_next_one_and_the_input_as_what_is_wrong(
 def test_what_fails_first_is_raised_and_the_other_error_is_not_left_over(
     is_failed_first: bool,
 ) -> None:
-    def prepare(endpoint: FakeEndpoint, exchange: Exchange) -> None:
-        endpoint.push_ends = asyncio.get_running_loop().create_future()
-
     async def scenario(endpoint: FakeEndpoint, waiting: Waiting) -> None:
-        assert endpoint.push_ends is not None
         if is_failed_first:
             await endpoint.arrive(failed(*ROWS))
-        endpoint.push_ends.set_exception(ConnectionLost("gone"))
+        endpoint.ends[0](ConnectionLost("gone"))
         failure = await failure_of(waiting)
         assert isinstance(failure.cause, OutOfOrder if is_failed_first else ConnectionLost)
         await endpoint.arrive(failed(*ROWS))  # `run` would report an error that nobody took
 
-    with_step(scenario, prepare=prepare)
+    with_step(scenario)
 
 
 def test_a_step_that_is_cancelled_leaves_no_waiter() -> None:
@@ -456,7 +456,7 @@ def test_an_echo_answers_nothing() -> None:
     with_step(scenario)
 
 
-def test_an_echo_goes_once_to_each_who_listens_for_one_of_its_sessions() -> None:
+def test_of_an_echo_everyone_gets_what_is_theirs() -> None:
     async def main() -> None:
         endpoint, chain, other = FakeEndpoint(), Listener(), Listener()
         exchange = Exchange(cast(Endpoint, endpoint))
@@ -467,8 +467,9 @@ def test_an_echo_goes_once_to_each_who_listens_for_one_of_its_sessions() -> None
         await endpoint.arrive(echo, sender=OTHER)
         exchange.forget(ROWS[2].session)
         await endpoint.arrive(echo)
-        assert chain.echoes == [(OTHER, echo), (SERVER, echo)]
-        assert other.echoes == [(OTHER, echo)]
+        ours = replace(output(*ROWS[:2]), is_echo=True)
+        assert chain.echoes == [(OTHER, ours), (SERVER, ours)]
+        assert other.echoes == [(OTHER, replace(output(ROWS[2]), is_echo=True))]
 
     run(main())
 
@@ -496,3 +497,289 @@ def test_what_nobody_listens_for_is_no_harm() -> None:
         await endpoint.arrive(Leaving((ROWS[0].session,), 30.0))
 
     run(main())
+
+
+# --- steps of several generations --------------------------------------------------------------
+
+
+def with_several(
+    scenario: Callable[[FakeEndpoint, list[Waiting]], Awaitable[None]],
+    *,
+    firsts: Sequence[PeerId] = (SERVER, SERVER, SERVER),
+) -> None:
+    """Run a scenario while generations of one row each wait, which began in the same turn."""
+
+    async def main() -> None:
+        endpoint = FakeEndpoint()
+        exchange = Exchange(cast(Endpoint, endpoint))
+        waiting = [
+            start(exchange, (first,), (each,)) for first, each in zip(firsts, ROWS, strict=True)
+        ]
+        await asyncio.sleep(0.001)
+        await scenario(endpoint, waiting)
+        assert not exchange._waiters
+        assert not endpoint.watched
+
+    run(main())
+
+
+def test_steps_of_one_turn_to_one_hop_leave_as_one_message() -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: list[Waiting]) -> None:
+        ((peer, step),) = endpoint.pushed
+        assert peer == SERVER
+        assert isinstance(step, Step)
+        assert step.rows == ROWS
+        assert step.tensor.header.shape == (3, 4)
+        assert 0 < step.budget_s <= TIMEOUT_S
+        await endpoint.arrive(output(*ROWS))
+        for each, answer in zip(ROWS, await asyncio.gather(*waiting), strict=True):
+            assert [part.rows for part in answer] == [(each,)]
+            assert answer[0].tensor.header.shape == (1, 4)
+
+    with_several(scenario)
+
+
+def test_steps_to_other_hops_leave_by_themselves() -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: list[Waiting]) -> None:
+        assert [(peer, step.rows) for peer, step in endpoint.pushed if isinstance(step, Step)] == [
+            (SERVER, (ROWS[0], ROWS[2])),
+            (OTHER, (ROWS[1],)),
+        ]
+        await endpoint.arrive(output(ROWS[1]), sender=OTHER)
+        await endpoint.arrive(output(ROWS[2], ROWS[0]))
+        await asyncio.gather(*waiting)
+
+    with_several(scenario, firsts=(SERVER, OTHER, SERVER))
+
+
+def test_who_gave_its_step_up_disturbs_nobody_whose_step_left_with_it() -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: list[Waiting]) -> None:
+        waiting[1].cancel()
+        await asyncio.sleep(0.001)
+        await endpoint.arrive(output(*ROWS))
+        first, _, last = await asyncio.gather(*waiting, return_exceptions=True)
+        assert isinstance(first, tuple)
+        assert isinstance(last, tuple)
+        assert [part.rows for part in (*first, *last)] == [(ROWS[0],), (ROWS[2],)]
+
+    with_several(scenario)
+
+
+def test_a_message_that_does_not_arrive_fails_all_whose_steps_it_held() -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: list[Waiting]) -> None:
+        endpoint.ends[0](ConnectionLost("gone"))
+        for each in waiting:
+            assert (await failure_of(each)).peer == SERVER
+
+    with_several(scenario)
+
+
+def test_an_answer_that_cannot_be_divided_fails_all_who_wait_for_it() -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: list[Waiting]) -> None:
+        await endpoint.arrive(replace(output(*ROWS), tensor=tensor(2)))
+        for each in waiting:
+            assert isinstance((await failure_of(each)).cause, RemoteProtocolError)
+
+    with_several(scenario)
+
+
+def with_exchange(scenario: Callable[[FakeEndpoint, Exchange], Awaitable[None]]) -> None:
+    """Run a scenario; afterwards nobody may wait or watch any more."""
+
+    async def main() -> None:
+        endpoint = FakeEndpoint()
+        exchange = Exchange(cast(Endpoint, endpoint))
+        await scenario(endpoint, exchange)
+        assert not exchange._waiters
+        assert not exchange._leaving
+        assert not endpoint.watched
+
+    run(main())
+
+
+def steps_of(endpoint: FakeEndpoint) -> list[Step]:
+    return [message for _, message in endpoint.pushed if isinstance(message, Step)]
+
+
+def test_a_step_whose_wait_has_ended_before_the_turn_is_over_does_not_leave() -> None:
+    async def scenario(endpoint: FakeEndpoint, exchange: Exchange) -> None:
+        kept, gone = start(exchange, rows=(ROWS[0],)), start(exchange, rows=(ROWS[1],))
+        await asyncio.sleep(0)  # they have handed their steps in
+        exchange.fail([(ROWS[1].session, 0)], Interrupted("the chain is being repaired"))
+        await asyncio.sleep(0.001)
+        assert [step.rows for step in steps_of(endpoint)] == [(ROWS[0],)]
+        await endpoint.arrive(output(ROWS[0]))
+        assert len(await kept) == 1
+        with pytest.raises(Interrupted):
+            await gone
+
+    with_exchange(scenario)
+
+
+def test_more_steps_than_a_message_takes_leave_in_several() -> None:
+    async def scenario(endpoint: FakeEndpoint, exchange: Exchange) -> None:
+        batches = [tuple(row(number, step) for step in range(100)) for number in range(5)]
+        waiting = [start(exchange, rows=rows) for rows in batches]
+        await asyncio.sleep(0.001)
+        sizes = [len(step.rows) for step in steps_of(endpoint)]
+        assert sum(sizes) == 500
+        assert max(sizes) <= TOKENS_TOGETHER
+        for step in steps_of(endpoint):
+            await endpoint.arrive(output(*step.rows))
+        for rows, answer in zip(batches, await asyncio.gather(*waiting), strict=True):
+            assert [each for part in answer for each in part.rows] == list(rows)
+
+    with_exchange(scenario)
+
+
+def test_what_was_compressed_leaves_as_it_is() -> None:
+    async def scenario(endpoint: FakeEndpoint, exchange: Exchange) -> None:
+        header = TensorHeader(TensorCodec.RAW, Compression.ZSTD, DType.FLOAT32, (1, 4))
+        small = WireTensor(header, zstandard.compress(bytes(16)))
+        waiting = [
+            asyncio.ensure_future(
+                exchange.step(
+                    (SERVER,), Step((each,), small), timeout_s=1, priority=Priority.DECODE
+                )
+            )
+            for each in ROWS
+        ]
+        await asyncio.sleep(0.001)
+        assert [step.tensor for step in steps_of(endpoint)] == [small] * 3
+        await endpoint.arrive(output(*ROWS))
+        await asyncio.gather(*waiting)
+
+    with_exchange(scenario)
+
+
+def test_steps_of_other_codings_leave_by_themselves() -> None:
+    async def scenario(endpoint: FakeEndpoint, exchange: Exchange) -> None:
+        values = torch.ones(1, 4)
+        coded = [encode_tensor(values, codec) for codec in (TensorCodec.RAW, TensorCodec.BF16)]
+        waiting = [
+            asyncio.ensure_future(
+                exchange.step((SERVER,), Step((each,), part), timeout_s=1, priority=Priority.DECODE)
+            )
+            for each, part in zip(ROWS[:2], coded, strict=True)
+        ]
+        await asyncio.sleep(0.001)
+        assert [step.tensor for step in steps_of(endpoint)] == coded
+        await endpoint.arrive(output(*ROWS[:2]))
+        await asyncio.gather(*waiting)
+
+    with_exchange(scenario)
+
+
+def test_steps_of_other_epochs_leave_together_and_fail_by_themselves() -> None:
+    async def scenario(endpoint: FakeEndpoint, exchange: Exchange) -> None:
+        rows = [replace(each, epoch=index) for index, each in enumerate(ROWS)]
+        waiting = [start(exchange, rows=(each,)) for each in rows]
+        await asyncio.sleep(0.001)
+        assert [step.rows for step in steps_of(endpoint)] == [tuple(rows)]
+        await endpoint.arrive(failed(replace(rows[2], epoch=1), rows[1]))  # the last one's is old
+        await endpoint.arrive(output(rows[0], rows[2]))
+        first, second, third = await asyncio.gather(*waiting, return_exceptions=True)
+        assert isinstance(second, StepFailed)
+        assert isinstance(first, tuple)
+        assert isinstance(third, tuple)
+
+    with_exchange(scenario)
+
+
+def test_nobody_answers_for_the_step_of_another_hop() -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: list[Waiting]) -> None:
+        await endpoint.arrive(output(*ROWS))  # SERVER has no business with the second
+        await asyncio.sleep(1.0)
+        assert [each.done() for each in waiting] == [True, False, True]
+        await endpoint.arrive(output(ROWS[1]), sender=OTHER)
+        for each, answer in zip(ROWS, await asyncio.gather(*waiting), strict=True):
+            assert [part.rows for part in answer] == [(each,)]
+
+    with_several(scenario, firsts=(SERVER, OTHER, SERVER))
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        Output((), tensor(1)),
+        Output((), tensor(1), is_echo=True),
+        Output((row(9),), tensor(1)),
+        Output((row(9), row(8)), tensor(5)),
+        Output((row(9), row(8)), tensor(5), is_echo=True),
+    ],
+)
+def test_an_output_of_nothing_that_is_ours_breaks_nothing(
+    strange: Output,
+) -> None:
+    async def scenario(endpoint: FakeEndpoint, waiting: list[Waiting]) -> None:
+        await endpoint.arrive(strange)
+        await endpoint.arrive(output(*ROWS))
+        await asyncio.gather(*waiting)
+
+    with_several(scenario)
+
+
+@pytest.mark.parametrize(
+    "claimed",
+    [
+        (replace(ROWS[0], num_tokens=2), ROWS[1], ROWS[2]),
+        (replace(ROWS[0], num_tokens=2, tail=1), ROWS[1], ROWS[2]),
+        (ROWS[0], ROWS[0], ROWS[1], ROWS[2]),
+        (row(9), ROWS[0], ROWS[1], ROWS[2]),
+    ],
+)
+def test_whatever_is_claimed_of_rows_no_part_has_another_size_than_it_says(
+    claimed: tuple[Row, ...],
+) -> None:
+    """The chain judges a part by its own rows; here nobody may get another's instead."""
+
+    async def scenario(endpoint: FakeEndpoint, waiting: list[Waiting]) -> None:
+        counts = sum(each.num_outputs for each in claimed)
+        values = torch.arange(counts).float()[:, None].repeat(1, 4)
+        packed = encode_tensor(values, TensorCodec.RAW)
+        await endpoint.arrive(Output(claimed, packed))
+        for each in waiting:
+            (part,) = await each
+            start = 0
+            expected = []
+            for one in claimed:
+                if one.session == part.rows[0].session:
+                    expected.append(values[start : start + one.num_outputs])
+                start += one.num_outputs
+            assert decode_tensor(part.tensor).equal(torch.cat(expected))
+
+    with_several(scenario)
+
+
+HAPPENINGS = ("answer", "failure", "slow", "cancel", "loss")
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(HAPPENINGS, 3)))
+def test_whatever_happens_in_one_turn_the_step_ends_in_it(order: tuple[str, ...]) -> None:
+    async def scenario(endpoint: FakeEndpoint, exchange: Exchange) -> None:
+        hedge, _ = hedged(prepared_after_s=None, after_s=2.0)
+        waiting = start(exchange, hedge=hedge)
+        await asyncio.sleep(1.0)
+        (waiter,) = {each for waiters in exchange._waiters.values() for each in waiters}
+        for happening in order:
+            match happening:
+                case "answer":
+                    await endpoint.arrive(output(*ROWS))
+                case "failure":
+                    await endpoint.arrive(failed(*ROWS))
+                case "slow":
+                    waiter.become_slow()
+                case "cancel":
+                    waiting.cancel()
+                case "loss":
+                    endpoint.lose(SERVER)
+        await asyncio.wait([waiting])
+        assert asyncio.get_running_loop().time() == 1.0, "nobody overslept"
+        if "cancel" in order:
+            assert waiting.cancelled()
+        elif "answer" in order:  # when it is there, it counts
+            assert len(waiting.result()) == 1
+        else:
+            assert isinstance(waiting.exception(), StepFailed)
+
+    with_exchange(scenario)

@@ -319,7 +319,7 @@ def test_the_codec_of_the_configuration_counts_if_no_other_is_named() -> None:
     run(main())
 
 
-def test_a_model_asked_for_again_is_not_followed_twice() -> None:
+def test_a_model_asked_for_again_is_followed_and_computed_once() -> None:
     async def main() -> None:
         async with SimSwarm(num_blocks=2) as swarm:
             await swarm.add_server(Span(0, 2))
@@ -338,6 +338,7 @@ def test_a_model_asked_for_again_is_not_followed_twice() -> None:
             ) as joined:
                 first, second = await joined.use(parts), await joined.use(parts)
                 assert first.tracker is second.tracker
-                assert len(joined._following) == 1
+                assert first.compute is second.compute
+                assert len(joined._serving) == 2
 
     run(main())

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
+from p2pllm.client.generate import prefill
 from p2pllm.client.model import SwarmModel
 from p2pllm.client.session import Chain
 from p2pllm.client.state import FIRST_STEP, SessionState
@@ -512,3 +513,120 @@ def failing_once(chain: Chain, times: int = 1) -> Iterator[None]:
         yield
     finally:
         chain.exchange.step = step  # type: ignore[method-assign]
+
+
+# --- prefixes that hops hold ----------------------------------------------------------------------
+
+PROMPT = [(5 * number) % 250 for number in range(2 * PAGE_TOKENS + 10)]
+SHARED = 2 * PAGE_TOKENS
+
+
+async def fed(chain: Chain, model: SwarmModel, state: SessionState) -> None:
+    """Send what a state lacks of the prompt."""
+    rest = PROMPT[state.position :]
+    tensor = await model.compute.embed(rest, chain.wire)
+    await chain.step([state], [len(rest)], tensor, 1)
+
+
+def test_a_sequence_begins_with_what_all_hops_hold_of_its_prompt() -> None:
+    async def use(chain: Chain, servers: list[SimServer], model: SwarmModel) -> None:
+        (first,) = await chain.open([256], prompts=[PROMPT])
+        assert (first.position, first.num_promised) == (0, SHARED)
+        await fed(chain, model, first)
+        (second, other) = await chain.open([256] * 2, prompts=[PROMPT, PROMPT[1:]])
+        assert (second.position, other.position) == (SHARED, 0)
+        held = [server.server.service.sessions.get(second.id) for server in servers]
+        assert [session.length for session in held if session] == [SHARED, SHARED]
+        await chain.close([first, second, other])
+
+    with_chain(use)
+
+
+def test_hops_are_asked_again_what_they_hold_before_the_first_step_only() -> None:
+    async def use(chain: Chain, servers: list[SimServer], model: SwarmModel) -> None:
+        late, first = await chain.open([256] * 2, prompts=[(), PROMPT])
+        await fed(chain, model, first)
+
+        await chain.share(late, PROMPT)
+        assert late.position == SHARED
+        await fed(chain, model, late)
+        late.rollback(0)
+        await chain.share(late, PROMPT)
+        assert late.position == 0
+        await chain.close([first, late])
+
+    with_chain(use)
+
+
+def test_a_hop_that_does_not_say_what_it_holds_is_no_failure() -> None:
+    async def use(chain: Chain, servers: list[SimServer], model: SwarmModel) -> None:
+        late, first = await chain.open([256] * 2, prompts=[(), PROMPT])
+        await fed(chain, model, first)
+        service = servers[1].server.service
+        service._config = replace(service._config, block=frozenset({str(model.endpoint.peer_id)}))
+
+        await chain.share(late, PROMPT)
+
+        assert late.position == 0
+        await fed(chain, model, late)
+        assert late.position == len(PROMPT)
+        await chain.close([first, late])
+
+    with_chain(use)
+
+
+@pytest.mark.parametrize("claimed", [1, SHARED - 1, SHARED + 1, 2**31 - 1])
+def test_a_hop_that_says_it_holds_what_was_not_asked_for_is_not_believed(claimed: int) -> None:
+    async def use(chain: Chain, servers: list[SimServer], model: SwarmModel) -> None:
+        (first,) = await chain.open([256], prompts=[PROMPT])
+        await fed(chain, model, first)
+        service = servers[1].server.service
+        opened = service._opened
+        service._opened = (  # type: ignore[method-assign]
+            lambda *args: replace(opened(*args), position=claimed)
+        )
+
+        (second,) = await chain.open([256], prompts=[PROMPT])
+
+        assert second.position == min(claimed, SHARED) // PAGE_TOKENS * PAGE_TOKENS
+        await chain.close([first, second])
+
+    with_chain(use)
+
+
+@pytest.mark.parametrize("after_s", [0.001, 0.006, 0.012, 0.02])
+def test_asking_what_hops_hold_may_be_cancelled_and_promises_nothing_then(after_s: float) -> None:
+    async def use(chain: Chain, servers: list[SimServer], model: SwarmModel) -> None:
+        (late,) = await chain.open([256])
+        sharing = asyncio.ensure_future(chain.share(late, PROMPT))
+        await asyncio.sleep(after_s)
+        sharing.cancel()
+        await asyncio.wait([sharing])
+        late.break_promise()  # as who sends a prompt does, and fails
+
+        assert (late.num_promised, late.epoch, late.position) == (0, 1, 0)
+        assert decode_tensor(await chain.step([late], [5], coded(5), 0)).equal(
+            expected(WHOLE, states(5))
+        )
+        await chain.close([late])
+
+    with_chain(use)
+
+
+def test_a_prompt_that_is_not_sent_to_its_end_was_not_promised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def use(chain: Chain, servers: list[SimServer], model: SwarmModel) -> None:
+        (state,) = await chain.open([256], prompts=[PROMPT])
+
+        async def broken(*_: object) -> WireTensor:
+            raise RemoteProtocolError("no embedding today")
+
+        monkeypatch.setattr(model.compute, "embed", broken)
+        with pytest.raises(RemoteProtocolError):
+            await prefill(chain, model.compute, state, PROMPT, tail=1, chunk_tokens=64)
+
+        assert (state.num_promised, state.epoch) == (0, 1)
+        await chain.close([state])
+
+    with_chain(use)

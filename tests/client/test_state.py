@@ -517,3 +517,45 @@ def test_an_epoch_may_leap_over_those_that_somebody_else_has_used() -> None:
     state = new_state()
     assert [state.new_epoch(), state.new_epoch(1000), state.new_epoch()] == [1, 1002, 1003]
     assert state.epoch == 0  # until the chain has changed
+
+
+# --- what the hops hold already ------------------------------------------------------------------
+
+
+def test_tokens_that_the_hops_hold_are_in_the_first_journal_and_holes_in_the_others() -> None:
+    state = new_state()
+
+    state.assume(tensor(1, 2, 3))
+
+    assert state.position == 3
+    assert not state.has_begun
+    assert values(state, 0) == [1, 2, 3]
+    assert [journal.first_hole(0, 3) for journal in state.journals] == [None, 0, 0]
+    assert [state.target(hop) for hop in range(NUM_HOPS)] == [3] * NUM_HOPS
+    row = depart(state, 4)
+    assert (row.position, row.step) == (3, FIRST_STEP)
+    assert state.has_begun
+
+
+@pytest.mark.parametrize(("position", "is_broken"), [(4, False), (3, False), (2, True), (0, True)])
+def test_going_back_into_what_was_promised_breaks_the_promise(
+    position: int, is_broken: bool
+) -> None:
+    state = new_state()
+    state.promise(3)
+    state.assume(tensor(1, 2, 3, 4))
+
+    state.rollback(position)
+
+    assert (state.num_promised, state.epoch) == ((0, 1) if is_broken else (3, 0))
+
+
+def test_a_promise_is_broken_once_and_where_there_was_none_nothing_happens() -> None:
+    state = new_state()
+
+    state.break_promise()
+    assert state.epoch == 0
+    state.promise(3)
+    state.break_promise()
+    state.break_promise()
+    assert state.epoch == 1

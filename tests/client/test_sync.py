@@ -90,6 +90,11 @@ def test_batches_sessions_and_logits(entry: str, servers: list[Server]) -> None:
             assert session.position == 2
             assert session.step(list(PROMPT.encode())[2:]).equal(logits[2:])
         assert model.forward(list(PROMPT.encode())).equal(logits)
+        whole = model.hidden_states([PROMPT, "x"])
+        assert [len(output) for output in whole] == [len(PROMPT), 1]
+        first = model.hidden_states([PROMPT], span=Span(0, 1))
+        (rest,) = model.forward_hidden(first, span=Span(1, SOURCE.config.num_blocks))
+        assert rest.equal(whole[0])
         assert num_sessions(servers) == 0
 
 

@@ -38,6 +38,18 @@ def test_blocks_and_edges_are_those_of_the_files(tiny: Tiny, tmp_path: Path) -> 
     }
 
 
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+def test_what_was_let_go_can_be_read_again(tiny: Tiny, tmp_path: Path, kind: str) -> None:
+    path = tiny.write_hf(tmp_path) if kind == "hf" else tiny.write_gguf(tmp_path / "x.gguf")
+    checkpoint = open_checkpoint(path)
+    weights = checkpoint.block_weights(1)
+    kept = {name: tensor.clone() for name, tensor in weights.items()}
+    checkpoint.let_go()
+    again = checkpoint.block_weights(1)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in kept.items())
+    assert all(torch.equal(again[name], tensor) for name, tensor in kept.items())
+
+
 def test_a_blocks_memory_is_known_without_reading(tiny: Tiny, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny.write_hf(tmp_path))
     held = sum(tensor.nbytes for tensor in checkpoint.block_weights(0, torch.bfloat16).values())

@@ -95,7 +95,11 @@ def test_any_mix_of_rows_gives_plain_attention(seed: int, window: int | None) ->
             )
 
 
-def test_a_long_prefill_in_bfloat16_agrees_with_float32() -> None:
+@pytest.mark.parametrize("at_once", [16, 64])
+def test_a_long_prefill_in_bfloat16_agrees_with_float32(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2pllm.model.kv_cache.MAX_MATMUL_TOKENS", at_once)  # in one, or in parts
     torch.manual_seed(0)
     cache, sequence = make_cache(dtype=torch.bfloat16), Sequence(tuple(range(20, 30)))
     sequence.qkv = new_tokens(40).bfloat16()
@@ -132,7 +136,7 @@ def test_a_copy_that_does_not_fit_is_refused() -> None:
 def test_tokens_go_on_in_another_cache_as_if_they_had_been_computed_there() -> None:
     """Part by part, into pages of any order, in which an earlier session has left NaN."""
     first, second = make_cache(), make_cache()
-    second._storage.fill_(math.nan)
+    second.tensors[0].fill_(math.nan)
     sequence = Sequence((7, 2, 9))
     attend(first, [(sequence, 0, new_tokens(6))], block=0)
     attend(first, [(sequence, 6, new_tokens(1))], block=0)
@@ -158,7 +162,7 @@ def test_some_blocks_of_a_cache_are_exported_and_no_other_changes() -> None:
 
     target.import_tokens((0, 4), 1, 0, cache.export_tokens((3, 1), 1, 1, 0, 5))
 
-    assert not target._storage[0].any()
+    assert not target.tensors[0][0].any()
     moved = Sequence((0, 4), in_block[1].qkv.clone())
     (out,) = attend(target, [(moved, 5, new_tokens(1))], block=1)
     torch.testing.assert_close(out, moved.expected(5, None))
@@ -167,7 +171,7 @@ def test_some_blocks_of_a_cache_are_exported_and_no_other_changes() -> None:
 def test_an_export_keeps_the_type_and_is_a_copy() -> None:
     cache = make_cache(dtype=torch.bfloat16)
     values = cache.export_tokens((0, 1), 0, 2, 0, 5)
-    cache._storage.fill_(1.0)
+    cache.tensors[0].fill_(1.0)
 
     assert values.dtype is cache.dtype is torch.bfloat16
     assert not values.any()

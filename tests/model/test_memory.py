@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from p2pllm.model import memory
-from p2pllm.model.memory import free_memory
+from p2pllm.model.memory import free_memories, free_memory
 
 CPU = torch.device("cpu")
 
@@ -53,3 +53,7 @@ def test_a_container_that_is_over_its_limit_has_none(system: Path) -> None:
 def test_half_of_what_is_built_in_where_the_system_does_not_say(system: Path) -> None:
     (system / "meminfo").unlink()
     assert 0 < free_memory(CPU) < 2**50
+
+
+def test_a_device_that_is_there_twice_has_half_for_each(system: Path) -> None:
+    assert free_memories((CPU, CPU)) == (4 * 2**30, 4 * 2**30)

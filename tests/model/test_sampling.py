@@ -13,12 +13,12 @@ def draws(count: int, sequence: int = 0) -> list[Draw]:
 
 def many(logits: list[float], params: SamplingParams, count: int) -> list[int]:
     """Tokens of `count` positions that all have the same logits."""
-    return sample(torch.tensor(logits).expand(count, -1), params, draws(count))
+    return sample(torch.tensor(logits).expand(count, -1), [params] * count, draws(count))
 
 
 def test_temperature_zero_takes_the_first_of_the_largest() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, 5.0, 5.0, 5.0]])
-    assert sample(logits, SamplingParams(), draws(2)) == [1, 0]
+    assert sample(logits, [SamplingParams()] * 2, draws(2)) == [1, 0]
 
 
 def test_frequencies_are_the_probabilities() -> None:
@@ -69,9 +69,9 @@ def test_a_draw_depends_on_seed_sequence_and_position_only() -> None:
     logits = torch.randn(6, 50)
     params = SamplingParams(temperature=1.0, seed=9)
     places = [Draw(sequence, position) for sequence in (0, 1) for position in (4, 5, 6)]
-    together = sample(logits, params, places)
-    alone = [sample(logits[i : i + 1], params, places[i : i + 1])[0] for i in range(6)]
-    backwards = sample(logits.flip(0), params, places[::-1])[::-1]
+    together = sample(logits, [params] * 6, places)
+    alone = [sample(logits[i : i + 1], [params], places[i : i + 1])[0] for i in range(6)]
+    backwards = sample(logits.flip(0), [params] * 6, places[::-1])[::-1]
     assert together == alone == backwards
 
 
@@ -105,5 +105,27 @@ def test_a_banned_token_is_never_chosen() -> None:
     draws = [Draw(0, position) for position in range(200)]
     greedy = SamplingParams(banned_ids=(1,))
     sampled = SamplingParams(temperature=1.0, seed=3, banned_ids=(1,))
-    assert sample(logits, greedy, draws) == [2] * 200
-    assert set(sample(logits, sampled, draws)) == {0, 2}
+    assert sample(logits, [greedy] * 200, draws) == [2] * 200
+    assert set(sample(logits, [sampled] * 200, draws)) == {0, 2}
+
+
+def test_each_row_is_drawn_by_its_own_params_whatever_stands_beside_it() -> None:
+    logits = torch.randn(7, 3000, generator=torch.Generator().manual_seed(0))
+    params = [
+        SamplingParams(),
+        SamplingParams(temperature=0.7, seed=1),
+        SamplingParams(banned_ids=(int(logits[2].argmax()), 5)),
+        SamplingParams(temperature=1.2, top_k=40, seed=2),
+        SamplingParams(temperature=0.9, top_p=0.8, seed=3, banned_ids=(int(logits[4].argmax()),)),
+        SamplingParams(),
+        SamplingParams(temperature=2.0, top_p=0.99, seed=4),
+    ]
+    before = logits.clone()
+
+    together = sample(logits, params, draws(7))
+
+    alone = [sample(logits[i : i + 1], [params[i]], [Draw(0, i)])[0] for i in range(7)]
+    assert together == alone
+    assert logits.equal(before)
+    assert (together[0], together[5]) == (int(logits[0].argmax()), int(logits[5].argmax()))
+    assert together[2] == int(logits[2].topk(2).indices[1])

@@ -262,7 +262,7 @@ def test_nan_of_one_row_does_not_reach_its_neighbours(llama: Model) -> None:
     cache = llama.blocks.make_cache(NUM_PAGES, PAGE)
     expected = llama.reference_outputs(ids)[0][-1]
     embedded = llama.edges.embed(ids)
-    poison = torch.full((7, llama.config.hidden_size), torch.nan, device=DEVICE)
+    poison = torch.full((7, llama.config.hidden_size), torch.nan)
     rows = [CacheRow(theirs, 0, 7), CacheRow(mine, 0, 9)]
     out = llama.blocks.forward(torch.cat([poison, embedded[:9]]), rows, cache)
     assert not out[:7].isfinite().all()

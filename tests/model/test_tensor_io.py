@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import zstandard
@@ -6,7 +8,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from p2pllm.errors import CodecError, LocalProtocolError
-from p2pllm.model.tensor_io import choose_codec, decode_tensor, encode_tensor
+from p2pllm.model.tensor_io import (
+    bytes_of,
+    choose_codec,
+    decode_tensor,
+    encode_tensor,
+    is_finite,
+    is_plain,
+    plain_tensor,
+)
 from p2pllm.wire.codec import Reader
 from p2pllm.wire.tensors import (
     Compression,
@@ -230,3 +240,36 @@ def test_auto_takes_the_most_exact_codec_that_the_link_carries_in_time(
 
 def test_auto_does_not_round_what_is_bfloat16_already() -> None:
     assert choose_codec(2 * 8192, DType.BFLOAT16, 100e6) == (TensorCodec.RAW, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_value_that_is_not_finite_is_found(dtype: torch.dtype) -> None:
+    values = torch.randn(3, 50).to(dtype)
+    assert is_finite(values)
+    for bad in (math.nan, math.inf, -math.inf):
+        spoiled = values.clone()
+        spoiled[1, 7] = bad
+        assert not is_finite(spoiled)
+    spoiled[2, 3] = math.inf  # they add up to NaN
+    assert not is_finite(spoiled)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_finite_values_too_large_to_add_are_finite(dtype: torch.dtype) -> None:
+    assert is_finite(torch.full((2, 50), torch.finfo(dtype).max, dtype=dtype))
+
+
+def test_raw_values_of_the_wanted_type_are_plain_and_others_are_not() -> None:
+    values = torch.randn(3, 6).bfloat16()
+    raw = encode_tensor(values, TensorCodec.RAW)
+    assert is_plain(raw, torch.bfloat16)
+    assert not is_plain(raw, torch.float32)
+    assert not is_plain(encode_tensor(values, TensorCodec.INT8), torch.bfloat16)
+    assert not is_plain(WireTensor(raw.header, bytes(raw.data)[:-1]), torch.bfloat16)
+
+
+def test_bytes_of_rows_are_their_raw_coding() -> None:
+    values = torch.randn(3, 6)
+    wire = plain_tensor(bytes(bytes_of(values)[24:]), values)
+    assert decode_tensor(wire).equal(values[1:])
+    assert wire.header == encode_tensor(values[1:], TensorCodec.RAW).header

@@ -95,6 +95,94 @@ def test_a_page_is_released_once_and_by_its_holder() -> None:
     assert pages.num_free == 4
 
 
+def test_pages_that_follow_a_given_one_are_preferred() -> None:
+    pages = PageAllocator(num_pages=8, quota_pages=8)
+    (first, *rest) = pages.allocate(ALICE, 8)
+    pages.release(ALICE, rest)
+
+    assert pages.allocate(ALICE, 2, after=4) == (5, 6)
+    assert pages.allocate(ALICE, 2, after=first) == (1, 2)
+
+
+# --- names and sharing ---------------------------------------------------------------------------
+
+
+def test_a_shared_page_counts_once_and_is_free_when_the_last_one_gives_it_back() -> None:
+    pages = PageAllocator(num_pages=4, quota_pages=4)
+    held = pages.allocate(ALICE, 2)
+
+    pages.share(ALICE, held[:1])
+    assert (pages.held_by(ALICE), pages.num_free) == (2, 2)
+    assert [pages.is_shared(page) for page in held] == [True, False]
+    assert (pages.num_returned(held), pages.num_returned([*held, held[0]])) == (1, 2)
+    pages.release(ALICE, held)
+    assert (pages.held_by(ALICE), pages.num_free) == (1, 3)
+    pages.release(ALICE, held[:1])
+    assert (pages.held_by(ALICE), pages.num_free) == (0, 4)
+
+
+def test_nobody_shares_a_page_that_is_free_or_anothers() -> None:
+    pages = PageAllocator(num_pages=4, quota_pages=4)
+    held = pages.allocate(ALICE, 1)
+
+    for page in (held[0], 3):
+        with pytest.raises(LocalProtocolError):
+            pages.share(BOB, [page])
+    with pytest.raises(LocalProtocolError):
+        pages.share(ALICE, [3])
+    assert not pages.is_shared(held[0])
+
+
+def test_a_named_page_that_nobody_holds_is_found_until_it_is_needed() -> None:
+    pages = PageAllocator(num_pages=4, quota_pages=4)
+    held = pages.allocate(ALICE, 2)
+    pages.publish(held[0], "a name")
+    pages.release(ALICE, held)
+
+    assert (pages.num_free, pages.num_cached, pages.find(["a name"])) == (4, 1, held[:1])
+    pages.allocate(BOB, 3)
+    assert pages.find(["a name"]) == held[:1]
+    pages.allocate(BOB, 1)
+    assert (pages.num_free, pages.num_cached, pages.find(["a name"])) == (0, 0, ())
+
+
+def test_pages_are_found_up_to_the_first_name_that_is_missing() -> None:
+    pages = PageAllocator(num_pages=4, quota_pages=4)
+    held = pages.allocate(ALICE, 4)
+    for page, name in zip(held, "abcd", strict=True):
+        pages.publish(page, name)
+    pages.withdraw(held[2])
+
+    assert pages.find("abcd") == held[:2]
+    assert pages.find("xbcd") == ()
+
+
+def test_the_first_page_of_a_name_keeps_it_and_the_first_name_of_a_page() -> None:
+    pages = PageAllocator(num_pages=4, quota_pages=4)
+    one, other = pages.allocate(ALICE, 2)
+    pages.publish(one, "a")
+    pages.publish(other, "a")
+    pages.publish(one, "b")
+
+    assert pages.find("a") == (one,)
+    assert pages.find("b") == ()
+
+
+def test_neighbours_are_taken_from_the_cache_before_pages_that_lie_apart_unless_they_are_new() -> (
+    None
+):
+    pages = PageAllocator(num_pages=8, quota_pages=8)
+    held = pages.allocate(ALICE, 8)
+    for page in (5, 1, 3, 7):  # in this order they are given back
+        pages.publish(held[page], page)
+        pages.release(ALICE, [held[page]])
+    pages.release(ALICE, [0, 2, 4, 6])
+
+    assert pages.allocate(BOB, 3) == (4, 5, 6)
+    assert pages.allocate(BOB, 3) == (0, 1, 2)
+    assert pages.num_cached == 2
+
+
 class Allocation(RuleBasedStateMachine):
     """Sessions come and go; the model is the list of what each holds."""
 

@@ -7,12 +7,22 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from p2pllm.errors import Busy, ConfigError
 from p2pllm.ids import PeerId, SessionId
-from p2pllm.server.scheduler import DECODE_TOKENS, FORGET_S, Batch, Scheduler, Task
+from p2pllm.server.pace import LEAST_TOKENS
+from p2pllm.server.scheduler import (
+    AWAY_S,
+    DECODE_TOKENS,
+    FORGET_S,
+    WHILE_AWAY,
+    WITH_DECODE,
+    Batch,
+    Scheduler,
+    Task,
+)
 from p2pllm.spans import Span
 from p2pllm.wire.messages import Row
 
 ALICE, BOB, CAROL = (PeerId(letter * 32) for letter in (b"a", b"b", b"c"))
-WHOLE, PART = Span(0, 10), Span(0, 5)
+WHOLE, PART = Span(0, 8), Span(0, 4)
 
 
 def task(
@@ -107,8 +117,114 @@ def test_decode_goes_before_a_prefill_that_came_first(num_tokens: int) -> None:
     assert tasks_of(made.next_batch(0.0)) == [prefill]
 
 
-def test_decode_and_prefill_take_turns_a_chunk_each() -> None:
-    made = scheduler(task(1, 48))
+DECODE_S, TOKEN_S = 2.0**-6, 2.0**-12  # of the device in the following tests: 64 tokens a step
+CHUNK = 256
+
+
+class Device:
+    """Computes what a scheduler gives out, one batch after the other, and takes time for it."""
+
+    def __init__(self, made: Scheduler) -> None:
+        self.scheduler = made
+        self.now = 0.0
+
+    def compute(self) -> list[int]:
+        """The next batch; returns its pieces' sizes."""
+        batch = self.scheduler.next_batch(self.now)
+        assert batch is not None
+        prompt = sum(piece.num_tokens for piece in batch.pieces if not piece.task.is_decode)
+        seconds = DECODE_S + prompt * TOKEN_S
+        self.now += seconds
+        self.scheduler.on_computed(batch, seconds)
+        return [piece.num_tokens for piece in batch.pieces]
+
+    def add(self, *tasks: Task) -> None:
+        for each in tasks:
+            each.queued_at = self.now
+        self.scheduler.add(tasks)
+
+
+@pytest.fixture
+def device() -> Device:
+    """One whose scheduler has seen batches of every kind, the last one of decode rows."""
+    made = Device(scheduler(batch_tokens=512, chunk_tokens=CHUNK))
+    for first in (task(97), task(98, CHUNK), task(99)):
+        made.add(first)
+        made.compute()
+    return made
+
+
+def within(times: float) -> int:
+    """Tokens of a prompt that make a batch take so many times a decode batch."""
+    return int((times - 1) * DECODE_S / TOKEN_S)
+
+
+def test_a_piece_of_a_prompt_goes_with_decode_rows_and_doubles_their_time(device: Device) -> None:
+    device.add(task(1, 2000), task(2), task(3))
+
+    assert device.compute() == [1, 1, within(WITH_DECODE)]
+
+
+def test_pieces_stay_small_while_decode_rows_are_away(device: Device) -> None:
+    device.add(task(1, 2000))
+
+    assert [device.compute(), device.compute()] == [[within(WHILE_AWAY)], [within(WHILE_AWAY)]]
+
+
+def test_who_has_waited_for_a_piece_does_not_wait_for_a_whole_one_again(device: Device) -> None:
+    device.add(task(1, 2000))
+    device.compute()
+    late = task(2)
+    device.add(late)
+    late.queued_at -= DECODE_S / 4  # it came towards the end of the piece, a quarter of a step ago
+
+    assert device.compute() == [1, within(WITH_DECODE - 0.25)]
+
+
+def test_who_has_waited_for_a_whole_piece_goes_alone_but_not_twice(device: Device) -> None:
+    device.add(task(1, 2000))
+    device.compute()
+    turns = []
+    for step in range(4):
+        waiting = task(2, step=step)
+        device.add(waiting)
+        waiting.queued_at -= (WITH_DECODE - 1) * DECODE_S
+        turns.append(device.compute())
+
+    assert turns == [[1], [1, within(WITH_DECODE)]] * 2
+
+
+def test_chunks_are_whole_when_nobody_has_decoded_for_a_moment(device: Device) -> None:
+    device.now += AWAY_S
+    device.add(task(1, 2000))
+
+    assert device.compute() == [CHUNK]
+
+
+def test_chunks_are_whole_when_the_sessions_that_decoded_have_ended(device: Device) -> None:
+    device.scheduler.cancel(task(97).row.session)
+    device.scheduler.cancel(task(99).row.session)
+    device.add(task(1, 2000))
+
+    assert device.compute() == [CHUNK]
+
+
+def test_no_batch_is_made_for_the_small_rest_of_a_prompt(device: Device) -> None:
+    device.add(task(1, within(WITH_DECODE) + LEAST_TOKENS // 2), task(2))
+
+    assert device.compute() == [1, within(WITH_DECODE) + LEAST_TOKENS // 2]
+
+
+def test_decode_rows_go_alone_once_so_that_their_time_is_known() -> None:
+    made = scheduler(task(1, 32), task(2))
+
+    sizes = [[piece.num_tokens for piece in batch.pieces] for batch in drained(made)]
+
+    assert sizes == [[1], [16], [16]]
+
+
+def test_decode_and_prefill_of_other_blocks_take_turns() -> None:
+    made = scheduler(task(1, 48, span=PART))
     turns = []
     for step in range(6):
         made.add([task(2, step=step)])
@@ -116,7 +232,18 @@ def test_decode_and_prefill_take_turns_a_chunk_each() -> None:
         assert batch is not None
         turns.append([piece.num_tokens for piece in batch.pieces])
 
-    assert turns == [[1], [16], [1], [16], [1], [16]]
+    assert turns == [[16], [1], [16], [1], [16], [1]]
+
+
+def test_decode_rows_that_fill_a_batch_take_turns_with_prefill(device: Device) -> None:
+    device.scheduler.batch_tokens = 8
+    device.add(task(1, 48))
+    turns = []
+    for step in range(4):
+        device.add(*(task(2 + n, 4, step=step) for n in range(2)))
+        turns.append(device.compute())
+
+    assert turns == [[8], [4, 4], [8], [4, 4]]
 
 
 def test_a_prefill_is_cut_into_chunks_in_order() -> None:
@@ -284,8 +411,9 @@ class Queueing(RuleBasedStateMachine):
         self.queued: dict[int, list[Task]] = {n: [] for n in range(len(self.CLIENTS))}
         self.done: dict[Task, int] = {}
         self.passed_over: dict[int, int] = {}  # batches since a session's turn
-        self.was_prefill = self.both_waited = False  # at the last batch
+        self.was_without_decode = self.was_without_prompt = False  # though one waited, last time
         self.steps = 0
+        self.now = 0.0
 
     @rule(
         rows=st.lists(
@@ -327,11 +455,11 @@ class Queueing(RuleBasedStateMachine):
         if not kept:
             self.passed_over.pop(session, None)
 
-    @rule()
-    def compute(self) -> None:
+    @rule(seconds=st.sampled_from([0.0, 1e-3, 0.01, 1.0, 100.0]))
+    def compute(self, seconds: float) -> None:
         has_decode = any(rows and rows[0].is_decode for rows in self.queued.values())
         has_prefill = any(rows and not rows[0].is_decode for rows in self.queued.values())
-        batch = self.scheduler.next_batch(0.0)
+        batch = self.scheduler.next_batch(self.now)
         if batch is None:
             assert not has_decode
             assert not has_prefill
@@ -340,13 +468,18 @@ class Queueing(RuleBasedStateMachine):
         assert 1 <= len(set(sessions)) == len(sessions)
         assert all(piece.task.span == batch.span for piece in batch.pieces)
         assert sum(piece.num_tokens for piece in batch.pieces) <= self.scheduler.batch_tokens
-        is_prefill = not batch.pieces[0].task.is_decode
-        assert is_prefill or all(piece.task.is_decode for piece in batch.pieces)
-        if has_decode and has_prefill:  # neither kind goes twice while the other waits
-            assert is_prefill != self.was_prefill or not self.both_waited
-        self.both_waited = has_decode and has_prefill
-        self.was_prefill = is_prefill
+        prompts = [piece for piece in batch.pieces if not piece.task.is_decode]
+        assert sum(piece.num_tokens for piece in prompts) <= self.scheduler.chunk_tokens
+        assert len(prompts) <= 1
+        if has_decode and len(prompts) == len(batch.pieces):
+            assert not self.was_without_decode, "decode waits for two batches"
+        if has_prefill and not prompts:
+            assert not self.was_without_prompt, "prefill waits for two batches"
+        self.was_without_decode = has_decode and len(prompts) == len(batch.pieces)
+        self.was_without_prompt = has_prefill and not prompts
         self._count_turns(set(sessions))
+        self.now += seconds
+        self.scheduler.on_computed(batch, seconds)
 
     def _take(self, taken: Task, start: int, num_tokens: int) -> int:
         """Check that the piece is the very next of its session's tokens."""

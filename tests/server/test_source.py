@@ -9,6 +9,7 @@ from p2pllm.config import ServerConfig
 from p2pllm.model.checkpoint import open_checkpoint
 from p2pllm.model.hub import resolve_model
 from p2pllm.model.kv_cache import CacheRow
+from p2pllm.model.split_span import sizes_of
 from p2pllm.server.source import CheckpointSource
 from p2pllm.spans import Span
 
@@ -58,3 +59,31 @@ def test_blocks_are_quantized_one_after_the_other(source: CheckpointSource) -> N
     settings = ServerConfig(quantize="int4", device="cpu")
     source.load_span(Span(0, 3), settings, lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("scheme", ["none", "int4"])
+def test_blocks_on_several_devices_give_what_they_give_on_one(
+    source: CheckpointSource, scheme: str
+) -> None:
+    exact = "float32" if scheme == "none" else "auto"
+    outputs = [
+        output(source, ServerConfig(dtype=exact, quantize=scheme, device=device))
+        for device in ("cpu", "cpu,cpu")
+    ]
+    assert torch.equal(*outputs)
+
+
+def test_a_split_span_is_loaded_in_parts_and_shares_blocks_on_a_move(
+    source: CheckpointSource,
+) -> None:
+    seen: list[tuple[int, int]] = []
+    settings = ServerConfig(dtype="float32", device="cpu,cpu")
+    model = source.load_span(Span(0, 4), settings, lambda done, total: seen.append((done, total)))
+    assert sizes_of(model) == (2, 2)
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+    seen.clear()
+    moved = source.load_span(Span(1, 5), settings, lambda *each: seen.append(each), model)
+
+    assert (moved.span, sizes_of(moved)) == (Span(1, 5), (2, 2))
+    assert seen == [(1, 2), (2, 2)]  # block 2, which lay on the second device, and block 4

@@ -425,10 +425,7 @@ def complain(lab: FailoverLab, liar: SimServer, victim: PeerId) -> None:
 def swallow(lab: FailoverLab, liar: SimServer, victim: PeerId) -> None:
     """Let it echo its outputs to us, and not push them on."""
 
-    async def push_on(*_: object) -> None:
-        return None
-
-    liar.server.service._outbox._push_on = push_on  # type: ignore[method-assign,assignment]
+    liar.server.service._outbox._push_on = lambda *_: None  # type: ignore[method-assign]
 
 
 def flatten(lab: FailoverLab, liar: SimServer, victim: PeerId) -> None:

@@ -288,6 +288,7 @@ def test_nothing_is_read_beyond_what_has_been_computed() -> None:
         ({"model": ModelId(b"x" * 32)}, NotServed),
         ({"numerics": Numerics("float32", kv_dtype="bfloat16")}, NotServed),
         ({"numerics": Numerics("float32", "int8", "float32")}, NotServed),
+        ({"numerics": Numerics("float32", "none", "int8")}, NotServed),
         ({"span": Span(0, 4)}, NotServed),
         ({"span": Span(1, 3)}, NotServed),
     ],

@@ -17,13 +17,15 @@ from p2pllm.errors import (
     Forbidden,
     NotServed,
     OutOfOrder,
+    PeerUnreachable,
     RequestFailed,
     SessionUnknown,
     StaleEpoch,
 )
 from p2pllm.identity import Identity
-from p2pllm.ids import ModelId
+from p2pllm.ids import ModelId, PeerId
 from p2pllm.model.tensor_io import encode_tensor
+from p2pllm.net.rpc import OnEnd
 from p2pllm.server import admission, outbox, sessions, worker
 from p2pllm.server.pages import PAGE_TOKENS
 from p2pllm.server.sessions import EVICT_IDLE_S, WINDOW
@@ -31,7 +33,8 @@ from p2pllm.sim.fake_model import WIDTH
 from p2pllm.sim.loop import run
 from p2pllm.sim.swarm import LAB_SERVER, SimServer, SimSwarm
 from p2pllm.spans import Span
-from p2pllm.wire.messages import Ack, Close, Fork, Numerics, Opened, Rewire, Row
+from p2pllm.tasks import together
+from p2pllm.wire.messages import Ack, Close, Fork, Message, Numerics, Opened, Rewire, Row
 from p2pllm.wire.tensors import Compression, DType, TensorCodec, TensorHeader, WireTensor
 from tests.swarm.raw_client import (
     ONE,
@@ -101,6 +104,7 @@ def length(server: SimServer) -> int:
         ({"model": ModelId(b"x" * 32, "other")}, NotServed),
         ({"numerics": Numerics("bfloat16")}, NotServed),
         ({"numerics": Numerics("float32", "int8", "float32")}, NotServed),
+        ({"numerics": Numerics("float32", "none", "int8")}, NotServed),
         ({"span": Span(0, 5)}, NotServed),
         ({"span": Span(3, 60000)}, NotServed),
         ({"next_hop": b"x"}, BadRequest),
@@ -490,11 +494,11 @@ def test_a_step_without_rows_is_ignored() -> None:
 def test_a_step_of_more_tokens_than_a_session_has_is_a_bad_request() -> None:
     async def scenario(server: SimServer, alice: RawClient, bob: RawClient) -> None:
         await alice.open()
-        await alice.step(row(), of(7, row(0, 0, 128)))
+        await alice.step(row(), of(7, row(0, 0, 512)))
         assert [failed.error for failed in alice.failures] == [BadRequest.code]
         assert server.server.worker.tokens_computed == 0
 
-    with_clients(scenario, replace(LAB_SERVER, max_tokens_per_session=128))
+    with_clients(scenario, replace(LAB_SERVER, max_tokens_per_session=512))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
@@ -651,8 +655,7 @@ def test_a_full_queue_is_busy_for_who_filled_it_and_nobody_else() -> None:
 def test_a_row_that_found_the_queue_full_leaves_the_sessions_earlier_rows_in_it() -> None:
     async def scenario(server: SimServer, alice: RawClient, bob: RawClient) -> None:
         await alice.open(max_tokens=640)
-        for step in range(8):
-            await alice.push([row(step, 64 * step, 64)])
+        await together(alice.push([row(step, 64 * step, 64)]) for step in range(8))
         await alice.answered(8)
         done = [r.step for output in alice.outputs for r in output.rows]
         assert done == list(range(len(done)))
@@ -722,14 +725,17 @@ def test_a_client_that_cannot_be_reached_costs_bounded_memory_and_hurts_nobody(
     monkeypatch.setattr(outbox, "MAX_UNSENT_BYTES", 4 * WIDTH * 4)
 
     async def scenario(server: SimServer, alice: RawClient, bob: RawClient) -> None:
-        async def push_to(*args: object, **kwargs: object) -> None:
-            if args[0] == alice.peer_id:
-                await asyncio.Event().wait()
-            await push(*args, **kwargs)  # type: ignore[arg-type]
+        on_their_way: list[OnEnd] = []
+
+        def post_to(peer: PeerId, message: Message, on_end: OnEnd, **options: object) -> None:
+            if peer == alice.peer_id:
+                on_their_way.append(on_end)
+            else:
+                post(peer, message, on_end, **options)  # type: ignore[arg-type]
 
         endpoint = server.server.node.endpoint
-        push = endpoint.push
-        monkeypatch.setattr(endpoint, "push", push_to)
+        post = endpoint.post
+        monkeypatch.setattr(endpoint, "post", post_to)
         await alice.open()
         await bob.open(TWO)
         for step in range(10):
@@ -739,8 +745,8 @@ def test_a_client_that_cannot_be_reached_costs_bounded_memory_and_hurts_nobody(
         assert unsent._unsent_bytes[alice.peer_id] <= 4 * WIDTH * 4
         assert unsent._unsent[alice.peer_id] == 4
         assert len(bob.outputs) == 10
-        for task in [t for t in asyncio.all_tasks() if "_counted" in repr(t.get_coro())]:
-            task.cancel()
+        for on_end in on_their_way:
+            on_end(PeerUnreachable("gone"))
 
     with_clients(scenario)
 

@@ -29,6 +29,8 @@ from p2pllm.wire.messages import (
     FindNode,
     FindValue,
     Fork,
+    Forward,
+    Forwarded,
     HandOver,
     HopFailed,
     HopTiming,
@@ -95,6 +97,7 @@ def examples() -> tuple[Message, ...]:
             source=b"signed too",
             source_token=b"r" * 16,
             source_position=300,
+            prefix_keys=(b"1" * 16, b"2" * 16),
         ),
         Opened(60.0, position=7, next_rtt_s=0.03, numerics=Numerics("float32"), next_step=9),
         Step((ROW,), TENSOR, tokens=(b"p" * 16,), timings=(TIMING,), budget_s=9.5),
@@ -116,6 +119,16 @@ def examples() -> tuple[Message, ...]:
         ),
         Pages(position=64, num_tokens=4, checksum=2**32 - 1, tensor=TENSOR),
         Stay(ModelId(b"m" * 32, "smollm2-135m"), Span(10, 20)),
+        Forward(
+            ModelId(b"m" * 32, "smollm2-135m"),
+            Numerics("bfloat16", "int8", "float16"),
+            Span(10, 20),
+            lengths=(3, 1),
+            tensor=TENSOR,
+            codec=TensorCodec.INT8,
+            is_compressed=True,
+        ),
+        Forwarded(TENSOR, TIMING),
     )
 
 
@@ -542,3 +555,14 @@ def _write_vectors() -> None:
 
 if __name__ == "__main__":  # after a change of the protocol that is meant
     _write_vectors()
+
+
+@pytest.mark.parametrize("example", [e for e in examples() if hasattr(e, "tensor")], ids=name_of)
+def test_only_pages_may_hold_bytes(example: Message) -> None:
+    header = TensorHeader(TensorCodec.RAW, Compression.NONE, DType.INT8, (1, 1, 1, 8))
+    message = replace(example, tensor=WireTensor(header, bytes(8)))  # type: ignore[type-var]
+    if isinstance(example, Pages):
+        assert decode_message(encoded(message)) == message
+        return
+    with pytest.raises(CodecError, match="for pages only"):
+        decode_message(encoded(message))

@@ -1,17 +1,19 @@
 """The baseline in a process of its own: the same model, whole, in `transformers`.
 
-    python _local.py DTYPE
+    python -m benchmarks._local '"bfloat16"'
 
-Prints "ready"; then for every line "NUM_TOKENS" on standard input, the seconds per token of a
-greedy generation of so many tokens (the prompt not counted in).
+`decode` is a greedy generation, `prefill` a prompt up to its last token's logits, `forward` what
+training reads: all blocks over a batch, without a cache.
 """
 
+import json
 import sys
 import time
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks._program import answer
 from p2pllm.model.checkpoint import open_checkpoint
 from p2pllm.model.hub import resolve_model
 
@@ -48,29 +50,72 @@ def load(dtype: torch.dtype) -> tuple[LlamaForCausalLM, torch.Tensor]:
     return model.to(dtype).eval(), torch.tensor([checkpoint.tokenizer().encode(PROMPT)])
 
 
+class Clock:
+    """A streamer, as `generate` calls them, that notes when each token came."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+
+    def put(self, ids: torch.Tensor) -> None:
+        """The prompt, then every token."""
+        self.moments.append(time.perf_counter())
+
+    def end(self) -> None:
+        """There is nothing to do."""
+
+
 @torch.inference_mode()
 def seconds_per_token(model: LlamaForCausalLM, prompt: torch.Tensor, num_tokens: int) -> float:
-    """The time of num_tokens + 1 tokens less that of 1 token, per token."""
-    times = []
-    for count in (1, num_tokens + 1):
-        started = time.perf_counter()
-        model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            min_new_tokens=count,
-            max_new_tokens=count,
-        )
-        times.append(time.perf_counter() - started)
-    return (times[1] - times[0]) / num_tokens
+    """Of so many tokens after the first one."""
+    clock = Clock()
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        min_new_tokens=num_tokens + 1,
+        max_new_tokens=num_tokens + 1,
+        streamer=clock,
+    )
+    return (clock.moments[-1] - clock.moments[1]) / num_tokens
+
+
+def random_ids(model: LlamaForCausalLM, batch: int, num_tokens: int) -> torch.Tensor:
+    """Prompts (B, T) for which only their length counts."""
+    return torch.randint(100, model.config.vocab_size, (batch, num_tokens))
+
+
+@torch.inference_mode()
+def seconds_of_prefill(model: LlamaForCausalLM, prompt_tokens: int) -> float:
+    """A prompt into a new cache, and the logits of its last token."""
+    ids = random_ids(model, 1, prompt_tokens)
+    started = time.perf_counter()
+    model(ids, use_cache=True, logits_to_keep=1)
+    return time.perf_counter() - started
+
+
+@torch.inference_mode()
+def seconds_of_forward(model: LlamaForCausalLM, batch: int, prompt_tokens: int) -> float:
+    """All blocks over a batch, without cache and head."""
+    ids = random_ids(model, batch, prompt_tokens)
+    started = time.perf_counter()
+    model.model(ids, use_cache=False)
+    return time.perf_counter() - started
 
 
 def main() -> None:
-    model, prompt = load(getattr(torch, sys.argv[1]))
+    model, prompt = load(getattr(torch, json.loads(sys.argv[1])))
     seconds_per_token(model, prompt, 4)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        print(seconds_per_token(model, prompt, int(line)), flush=True)
+
+    def decode(tokens: int, prompt_tokens: int) -> float:
+        return seconds_per_token(model, random_ids(model, 1, prompt_tokens), tokens)
+
+    def prefill(prompt_tokens: int) -> float:
+        return seconds_of_prefill(model, prompt_tokens)
+
+    def forward(batch: int, prompt_tokens: int) -> float:
+        return seconds_of_forward(model, batch, prompt_tokens)
+
+    answer({}, {"decode": decode, "prefill": prefill, "forward": forward})
 
 
 if __name__ == "__main__":

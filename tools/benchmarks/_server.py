@@ -1,29 +1,40 @@
 """One server in a process of its own, as benchmarks need it: real blocks, or identities.
 
-    python _server.py SPAN DTYPE KIND [PEER]      KIND: real or identity; DTYPE also int8, int4
+    python -m benchmarks._server '{"span": "0:15", "weights": "int4", ...}'      (see `_setups`)
 
-Prints one line with its address when it serves, and ends when its standard input closes.
-With KIND identity the blocks return what they are given and everything else is real: what is then
-left of a step's time is what the software costs per hop.
+It greets with its address when it serves. `usage` tells what it has taken of the machine, `step`
+what a decode step through its blocks takes without the network. With identities the blocks return
+what they are given and everything else is real: what is then left of a step's time is what the
+software costs per hop.
 """
 
 import asyncio
+import os
 import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from benchmarks import _machine
+from benchmarks._program import answer_async
+from benchmarks._setups import SWARM, ServerSetup
 from p2pllm.addresses import parse_many
-from p2pllm.config import DhtConfig, NetConfig, NodeConfig, ServerConfig
+from p2pllm.config import DhtConfig, NetConfig, NodeConfig, ServerConfig, ShaperConfig
 from p2pllm.identity import Identity
 from p2pllm.loops import new_event_loop
 from p2pllm.model.checkpoint import open_checkpoint
 from p2pllm.model.config import ModelConfig
 from p2pllm.model.device import Compute
+from p2pllm.model.forward_pass import Pass
 from p2pllm.model.hub import DEFAULT_MODEL, resolve_model
-from p2pllm.model.kv_cache import KVCache, Rows
+from p2pllm.model.kv_cache import CacheRow, KVCache, Rows
 from p2pllm.model.span_model import SpanCompute
 from p2pllm.net.tcp import TcpNetwork
+from p2pllm.server.pages import PAGE_TOKENS, pages_for
 from p2pllm.server.server import BlockChoice, Server
 from p2pllm.server.source import CheckpointSource, LoadProgress
 from p2pllm.spans import Span
@@ -37,6 +48,20 @@ def settings_of(name: str) -> ServerConfig:
     if name in ("int8", "int4"):
         return ServerConfig(quantize=name, device="cpu")
     return ServerConfig(dtype=name, device="cpu")
+
+
+def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
+    """The loop to measure with: asyncio's own, or uvloop's as the programs use it."""
+    if name == "asyncio":
+        return asyncio.new_event_loop
+    import uvloop  # noqa: F401 - without it p2pllm would take asyncio's and say nothing
+
+    return new_event_loop
+
+
+def shaped(rtt_s: float) -> ShaperConfig:
+    """This end of links with that round trip."""
+    return ShaperConfig(delay_s=rtt_s / 2)
 
 
 class IdentitySpan:
@@ -58,9 +83,18 @@ class IdentitySpan:
             device=self.device,
         )
 
+    def prepare(self, cache: KVCache, max_batch: int) -> None:
+        pass  # there is nothing to prepare
+
     def forward(
         self, hidden: Tensor, rows: Rows, cache: KVCache, span: Span | None = None
     ) -> Tensor:
+        return hidden.clone()
+
+    def forward_pass(
+        self, hidden: Tensor, lengths: Sequence[int], span: Span | None = None
+    ) -> Pass:
+        yield len(hidden)
         return hidden.clone()
 
     def forget_all_but(self, kept: Span | None) -> None:
@@ -80,26 +114,76 @@ class IdentitySource(CheckpointSource):
         return IdentitySpan(self.config, span, settings)
 
 
-async def serve(span: Span, dtype: str, kind: str, peers: list[str]) -> None:
+class Bench:
+    """What can be asked of a server that runs here."""
+
+    def __init__(self, server: Server, weight_bytes: int) -> None:
+        # The device thread's own, past the worker's face: a benchmark looks inside.
+        self._model: SpanCompute = server.worker._model
+        self._cache: KVCache = server.worker._cache
+        self._run = server.worker._executor.run
+        self._server = server
+        self._weight_bytes = weight_bytes
+        self._spare: KVCache | None = None  # for `step`, so that no session is disturbed
+
+    async def usage(self) -> dict[str, Any]:
+        """CPU time so far, and memory. `cache` is what of it has been touched: pages that no
+        session has used yet take no memory; `beyond` what is neither weights nor cache."""
+        memory = _machine.own_memory()
+        cache = sum(_machine.resident_bytes(t.data_ptr(), t.nbytes) for t in self._cache.tensors)
+        return {
+            "cpu_s": time.process_time(),
+            **memory,
+            "weights": self._weight_bytes,
+            "cache": cache,
+            "beyond": memory["rss"] - self._weight_bytes - cache,
+            "processes": 1 + _machine.num_children(os.getpid()),
+            "threads": torch.get_num_threads(),
+            "pages": self._server.pages.num_pages,
+            "free_pages": self._server.pages.num_free,
+            "sessions": len(self._server.service.sessions),
+        }
+
+    async def step(self, *, cached: int) -> float:
+        """Seconds of one decode step behind so many tokens, in the device thread."""
+        if self._spare is None or self._spare.num_pages < pages_for(cached + 1):
+            self._spare = self._model.make_cache(pages_for(cached + 1), PAGE_TOKENS)
+        cache, model = self._spare, self._model
+        row = CacheRow(tuple(range(pages_for(cached + 1))), cached, 1)
+        hidden = torch.randn(1, model.config.hidden_size).to(model.dtype)
+
+        def work() -> float:
+            started = time.perf_counter()
+            model.forward(hidden, [row], cache)
+            return time.perf_counter() - started
+
+        return await self._run(work)
+
+
+async def serve(setup: ServerSetup) -> None:
+    """Until standard input ends."""
     checkpoint = open_checkpoint(resolve_model(), DEFAULT_MODEL)
-    source = IdentitySource(checkpoint) if kind == "identity" else CheckpointSource(checkpoint)
+    source = (IdentitySource if setup.is_identity else CheckpointSource)(checkpoint)
+    settings, span = settings_of(setup.weights), Span.parse(setup.span)
     config = NodeConfig(
-        net=NetConfig(network_id="bench", listen_host="127.0.0.1", listen_port=0),
+        net=NetConfig(SWARM, listen_host="127.0.0.1", listen_port=0, shaper=shaped(setup.rtt_s)),
         dht=LAB_DHT,
-        peers=parse_many(peers),
-        server=replace(settings_of(dtype), cache_tokens=16_384),
+        peers=parse_many(setup.peers),
+        server=replace(settings, cache_tokens=setup.cache_tokens),
     )
+    weight_bytes = 0 if setup.is_identity else source.block_bytes(settings) * len(span)
     async with Server.open(
         config, Identity.generate(), source, BlockChoice(span), network=TcpNetwork()
     ) as server:
-        print(server.node.addresses[0], flush=True)
-        await asyncio.to_thread(sys.stdin.read)
+        bench = Bench(server, weight_bytes)
+        greeting = {"address": str(server.node.addresses[0])}
+        await answer_async(greeting, {"usage": bench.usage, "step": bench.step})
 
 
 def main() -> None:
-    span, dtype, kind, *peers = sys.argv[1:]
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(serve(Span.parse(span), dtype, kind, peers))
+    setup = ServerSetup.parse(sys.argv[1])
+    with asyncio.Runner(loop_factory=loop_factory(setup.loop)) as runner:
+        runner.run(serve(setup))
 
 
 if __name__ == "__main__":

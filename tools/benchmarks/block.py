@@ -4,13 +4,17 @@ All variants are loaded, then measured in turn, round after round, so that whate
 machine does meets all of them; medians and the best are given. The floor is the time to read the
 weights and the cached keys and values once, at the rate at which memory is copied here. Beside it,
 in the same rounds, `transformers` generates with the whole model in this process.
+
+With `--device cuda` it is blocks of `--shape`, with random weights made there: `_gpu_block`.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,12 +29,16 @@ from p2pllm.server.pages import PAGE_TOKENS, pages_for
 from p2pllm.server.source import CheckpointSource
 from p2pllm.spans import Span
 
+QUICK = {"kinds": ["bfloat16"], "batches": [1], "rounds": 1, "local": [], "prompt": 0}
 COPIED_BYTES = 256 * 2**20  # far more than the caches hold
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--span", default="0:15", help="blocks; the default model has 30")
     parser.add_argument("--kinds", nargs="+", default=["float32", "bfloat16", "int8", "int4"])
+    parser.add_argument(
+        "--kv-bits", nargs="+", type=int, choices=[16, 8], default=[16], help="of the cache"
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 16])
     parser.add_argument(
         "--prompt", type=int, default=256, help="tokens of a prefill chunk; 0: none"
@@ -38,21 +46,34 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cached", type=int, default=256, help="tokens in front of a step")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--local", nargs="*", default=["float32", "bfloat16"], help="baselines")
+    gpu = parser.add_argument_group("on a GPU")
+    gpu.add_argument("--device", default="cpu")
+    gpu.add_argument("--shape", default="llama-2-70b", help="of the model: see `_shapes`")
+    gpu.add_argument("--blocks", type=int, default=16)
+    gpu.add_argument("--offload", action="store_true", help="the baseline with weights elsewhere")
+    gpu.add_argument("--offload-blocks", type=int, default=8, help="in pinned memory; 0.5 GB each")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    if torch.device(args.device).type == "cuda":
+        from benchmarks import _gpu_block
+
+        return _gpu_block.run(args)
     source = CheckpointSource(open_checkpoint(resolve_model()))
     span = Span.parse(args.span)
     timed: dict[str, Callable[[], object]] = {"copy": _copy()}
     for name in args.local:
         timed[f"transformers {name}"] = _local(name)
     bytes_read = {}
-    for name in args.kinds:
-        settings = settings_of(name)
+    token_bytes = {}
+    for kind, kv_bits in itertools.product(args.kinds, args.kv_bits):
+        name = kind if kv_bits == 16 else f"{kind} kv{kv_bits}"
+        settings = replace(settings_of(kind), kv_bits=kv_bits)
         model = source.load_span(span, settings, None)
         weights = source.block_bytes(settings) * len(span)
         pages = pages_for(args.cached + 1)
         cache = model.make_cache(max([*args.batches, pages_for(args.prompt)]) * pages, PAGE_TOKENS)
+        token_bytes[name] = cache.token_bytes
         for batch in args.batches:
             key = f"{name} batch {batch}"
             rows = [_row(i * pages, pages, args.cached, 1) for i in range(batch)]
@@ -69,6 +90,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "blocks": len(span),
         "cached_tokens": args.cached,
+        "kv_bytes_per_token_and_block": token_bytes,
         "load_average": round(os.getloadavg()[0], 1),
         "copy_gb_per_s": round(bandwidth / 1e9, 2),
         "threads": torch.get_num_threads(),

@@ -28,6 +28,7 @@ from benchmarks._nodes import Node, Swarm, running
 
 logger = logging.getLogger(__name__)
 
+QUICK = {"seconds": 5.0}
 SPANS = ["0:15", "0:15", "15:30", "15:30", "7:23"]
 NUM_BLOCKS = 30
 VECTORS = Path(__file__).resolve().parents[2] / "tests" / "vectors" / "smollm2_135m_greedy.json"

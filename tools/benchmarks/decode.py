@@ -1,156 +1,76 @@
-"""One stream of tokens through two servers on loopback, beside the whole model in one process.
+"""One stream of tokens through servers on loopback, beside the whole model in one process.
 
-For each dtype: rounds of a local `transformers` generation and a generation through the swarm, one
-after the other, and the medians of both. Servers may also hold their weights in int8 or int4; the
-client and the baseline are then in bfloat16. Then the overhead per hop, with servers whose blocks
-are identities: (time per token - the client's own work) / hops.
+For each kind of weights: rounds of a local `transformers` generation and a generation through the
+swarm, one after the other. Servers may hold their weights in int8 or int4; client and baseline are
+then in bfloat16. The ratio is the median of the rounds' ratios. The baseline runs twice: with the
+setting of OpenMP that p2pllm brings, and as whoever installs it finds it (`as_is`).
 """
 
 import argparse
-import asyncio
-import itertools
-import statistics
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-PROMPT = "The capital of France is"
+from benchmarks import _lab
+from benchmarks._program import running
+from benchmarks._streams import Request
+
+QUICK = {"tokens": 8, "rounds": 1, "weights": ["bfloat16"]}
+TO_REACH = {"float32": 0.9, "bfloat16": 1.0, "int4": 2.0}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=128, help="generated per round")
-    parser.add_argument("--rounds", type=int, default=3, help="of which the median is taken")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--no-overhead", action="store_true", help="real blocks only")
-    parser.add_argument("--hops", type=int, default=2, help="servers, with equal spans")
+    parser.add_argument("--prompt-tokens", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
+    _lab.add_weights(parser, ["float32", "bfloat16", "int4"])
+    _lab.add_swarm(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    results = {weights: _compare(weights, args) for weights in args.weights}
     return {
-        "tokens": args.tokens,
         "hops": args.hops,
-        "decode": {dtype: _compare(dtype, args) for dtype in args.dtypes},
-        "overhead": {
-            dtype: _overhead(dtype, args)
-            for dtype in args.dtypes
-            if not (args.no_overhead or dtype.startswith("int"))
-        },
+        "loop": args.loop,
+        "prompt_tokens": args.prompt_tokens,
+        "new_tokens": args.tokens,
+        "rounds": args.rounds,
+        "one_stream": [{"weights": name, **figures} for name, (figures, _) in results.items()],
+        "memory": [
+            {"weights": name, **row} for name, (_, memory) in results.items() for row in memory
+        ],
     }
 
 
-def _compare(dtype: str, args: argparse.Namespace) -> dict[str, float]:
-    """Tokens per second of both, measured in turn, and their ratio."""
-    baseline = "bfloat16" if dtype.startswith("int") else dtype
-    with _process("_local.py", baseline) as local, _servers(dtype, "real", args.hops) as peers:
-        local_s, swarm_s, own_s = [], [], []
-
-        def between() -> None:
-            local_s.append(float(_ask(local, str(args.tokens))))
-
-        for result in _generate(peers, baseline, args.tokens, args.rounds, between):
-            swarm_s.append(result.tpot_s)
-            own_s.append(result.own_s_per_token)
-    local, swarm = statistics.median(local_s), statistics.median(swarm_s)
+def _compare(weights: str, args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What one stream gets, and what the servers take."""
+    dtype = _lab.dtype_beside(weights)
+    local_s: list[float] = []
+    as_is_s: list[float] = []
+    requests: list[Request] = []
+    with (
+        running("_local", dtype) as local,
+        running("_local", dtype, _lab.GIVEN_ENVIRONMENT) as as_is,
+        _lab.servers(weights, args.hops, loop=args.loop) as swarm,
+        _lab.clients(1, swarm, dtype, loop=args.loop) as client,
+    ):
+        sizes = {"prompt_tokens": args.prompt_tokens, "tokens": args.tokens}
+        _lab.warm_baseline(local, **sizes)
+        _lab.warm_baseline(as_is, **sizes)
+        _lab.warm_up(client, 1, args.prompt_tokens)
+        for seed in range(args.rounds):
+            local_s.append(local.ask("decode", **sizes))
+            as_is_s.append(as_is.ask("decode", **sizes))
+            requests += _lab.closed_loop(client, 1, **sizes, seed=seed)
+        memory = _lab.memory(swarm)
+    _lab.check(requests)
+    rates = [1 / request.tpot_s for request in requests]
+    local_rates = [1 / seconds for seconds in local_s]
+    as_is_rates = [1 / seconds for seconds in as_is_s]
     return {
-        "swarm_tokens_per_s": round(1 / swarm, 2),
-        "local_transformers_tokens_per_s": round(1 / local, 2),
-        "ratio": round(local / swarm, 3),
-        "client_own_ms_per_token": round(1e3 * statistics.median(own_s), 2),
-    }
-
-
-def _overhead(dtype: str, args: argparse.Namespace) -> dict[str, float]:
-    with _servers(dtype, "identity", args.hops) as peers:
-        per_hop, tokens = [], []
-        for result in _generate(peers, dtype, args.tokens, args.rounds):
-            per_hop.append((result.tpot_s - result.own_s_per_token) / args.hops)
-            tokens.append(result.tpot_s)
-    return {
-        "ms_per_hop": round(1e3 * statistics.median(per_hop), 3),
-        "ms_per_token": round(1e3 * statistics.median(tokens), 3),
-    }
-
-
-def _generate(
-    peers: list[str], dtype: str, tokens: int, rounds: int, between: Any = None
-) -> list[Any]:
-    """Results of `rounds` generations by one client, after one that warms up."""
-    import p2pllm
-    from p2pllm.loops import new_event_loop
-
-    async def generate() -> list[Any]:
-        results = []
-        async with p2pllm.connect(peers, swarm="bench", dtype=dtype, wire_codec="raw") as swarm:
-            model = await swarm.model()
-            await model.generate_batch([PROMPT], max_new_tokens=8, ignore_eos=True)
-            for _ in range(rounds):
-                if between is not None:
-                    await asyncio.to_thread(between)
-                results += await model.generate_batch(
-                    [PROMPT], max_new_tokens=tokens, ignore_eos=True
-                )
-        return results
-
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(generate())
-
-
-@contextmanager
-def _servers(dtype: str, kind: str, hops: int) -> Iterator[list[str]]:
-    """Servers with equal spans of the default model; yields the first one's address."""
-    from contextlib import ExitStack
-
-    from p2pllm.model.checkpoint import open_checkpoint
-    from p2pllm.model.hub import resolve_model
-
-    num_blocks = open_checkpoint(resolve_model()).config.num_blocks
-    bounds = [num_blocks * i // hops for i in range(hops + 1)]
-    with ExitStack() as stack:
-        peers: list[str] = []
-        for start, stop in itertools.pairwise(bounds):
-            arguments = [f"{start}:{stop}", dtype, kind, *peers[:1]]
-            process = stack.enter_context(_process("_server.py", *arguments))
-            peers.append(process.greeting)
-        yield peers[:1]
-
-
-class _Process:
-    """A program that prints a line when it is ready and ends with its standard input."""
-
-    def __init__(self, popen: "subprocess.Popen[str]") -> None:
-        self.popen = popen
-        self.greeting = self.read()
-
-    def read(self) -> str:
-        line = self.popen.stdout.readline().strip()
-        if not line:
-            raise SystemExit(f"{self.popen.args} ended early; its errors stand above")
-        return line
-
-
-def _ask(process: _Process, line: str) -> str:
-    process.popen.stdin.write(line + "\n")
-    process.popen.stdin.flush()
-    return process.read()
-
-
-@contextmanager
-def _process(script: str, *arguments: str) -> Iterator[_Process]:
-    popen = subprocess.Popen(
-        [sys.executable, str(HERE / script), *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield _Process(popen)
-    finally:
-        popen.stdin.close()
-        try:
-            popen.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            popen.kill()
+        "tokens_per_s": _lab.median(rates, 2),
+        "transformers_tokens_per_s": _lab.median(local_rates, 2),
+        "ratio": _lab.paired(rates, local_rates),
+        "transformers_as_is_tokens_per_s": _lab.median(as_is_rates, 2),
+        "ratio_as_is": _lab.paired(rates, as_is_rates),
+        "to_reach": TO_REACH.get(weights),
+        **_lab.seen(requests),
+    }, memory

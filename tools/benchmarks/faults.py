@@ -35,6 +35,7 @@ from p2pllm.sim.loop import run as run_on_virtual_time
 from p2pllm.sim.swarm import SimServer, SimSwarm
 from p2pllm.spans import Span
 
+QUICK = {"lengths": [128], "rates": [1e-3], "runs": 1}
 SPANS = (Span(0, 2), Span(2, 4), Span(4, 6))
 SCALE = 5  # blocks of the default model that one simulated block stands for: 30 in all
 BLOCK_S = SCALE * 0.80e-3  # to read a block's weights; docs/benchmarks.md

@@ -4,12 +4,16 @@ The reference is the same model with its weights dequantized to float32. Every b
 reference's hidden states in front of it, so an error is that block's own, relative to its output
 and to what it adds. The KL (nats per token, reference to scheme) is of the whole model over the
 reference texts, teacher-forced.
+
+With `--kv-bits 8` it is keys and values in 8 bits: the reference of each scheme is then the same
+weights with keys and values in the compute type, read in the same chunks.
 """
 
 import argparse
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ from p2pllm.model.span_model import SpanCompute
 from p2pllm.server.source import CheckpointSource
 from p2pllm.spans import Span
 
+QUICK = {"schemes": ["int4"]}
 TEXTS = Path(__file__).resolve().parents[2] / "tests" / "vectors" / "smollm2_135m_greedy.json"
 PAGE_TOKENS = 64
 # Tokens read at once: prompts take another path through the kernels than steps do.
@@ -34,6 +39,7 @@ MANY, FEW = 512, 16
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="", help="as p2pllm serve takes it")
     parser.add_argument("--schemes", nargs="+", default=["bfloat16", "int8", "int4"])
+    parser.add_argument("--kv-bits", type=int, choices=[16, 8], default=16)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -42,6 +48,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     edges = Edges.load(checkpoint.config, checkpoint.edge_weights(), dtype=torch.float32)
     cases = json.loads(TEXTS.read_text())["cases"]
     texts = [case["prompt_ids"] + case["greedy_ids"] for case in cases]
+    if args.kv_bits == 8:
+        return {
+            "model": str(checkpoint.model_id.name),
+            "tokens": sum(map(len, texts)),
+            "kv8": {name: _compare_kv8(source, name, edges, texts) for name in args.schemes},
+        }
     reference, _ = _load(source, "float32")
     states = [_states(reference, edges.embed(torch.tensor(ids))) for ids in texts]
     expected = [edges.logits(each[-1]).log_softmax(-1) for each in states]
@@ -52,9 +64,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _load(source: CheckpointSource, name: str) -> tuple[SpanCompute, float]:
+def _load(
+    source: CheckpointSource, name: str, loaded: SpanCompute | None = None, kv_bits: int = 16
+) -> tuple[SpanCompute, float]:
     started = time.perf_counter()
-    model = source.load_span(Span(0, source.config.num_blocks), settings_of(name), None)
+    settings = replace(settings_of(name), kv_bits=kv_bits)
+    model = source.load_span(Span(0, source.config.num_blocks), settings, None, loaded)
     return model, time.perf_counter() - started
 
 
@@ -92,6 +107,20 @@ def _compare(
         "mib_per_block": round(source.block_bytes(settings_of(name)) / 2**20, 3),
         "load_s": round(seconds, 2),
     }
+
+
+def _compare_kv8(
+    source: CheckpointSource, name: str, edges: Edges, texts: list[list[int]]
+) -> dict[str, Any]:
+    plain, _ = _load(source, name)
+    kv8, _ = _load(source, name, plain, kv_bits=8)
+    states = [[edges.embed(torch.tensor(ids))] for ids in texts]
+    kl = {}
+    for label, chunk in (("prompts", MANY), ("steps", FEW)):
+        outputs = [_run(plain, each[0], plain.span, chunk) for each in states]
+        expected = [edges.logits(output).log_softmax(-1) for output in outputs]
+        kl[label] = _divergence(kv8, edges, states, expected, chunk)
+    return kl
 
 
 def _divergence(

@@ -11,6 +11,7 @@ import statistics
 import sys
 from typing import Any
 
+QUICK = {"topology": ["LAN"]}
 HEAD = (
     "| topology | chain | | TTFT predicted | measured | | TPOT predicted | measured | | "
     "best chain | chosen / best |\n"

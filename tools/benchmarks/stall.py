@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks._nodes import Swarm, running
 
+QUICK = {"runs": 1}
 SPANS = ["0:15", "15:30", "0:15", "15:30"]
 HISTORY = 512  # tokens in the lost cache, of one sequence
 DECODED = 16  # of them, before the kill: enough to know what a token takes

@@ -29,6 +29,7 @@ from p2pllm.net.tcp import TcpNetwork
 from p2pllm.wire.messages import Ack, Message, Output
 from p2pllm.wire.tensors import Compression, DType, TensorCodec, TensorHeader, WireTensor
 
+QUICK = {"bulk_repeats": 1, "repeats": 50}
 BULK_BYTES = 64 * 2**20
 SMALL_BYTES = 4 * 2**10
 ECHO_LIMIT = 64 * 2**10
