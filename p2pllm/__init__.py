@@ -23,6 +23,11 @@ __all__ = ["Swarm", "SwarmModel", "__version__", "connect"]
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
+# oneDNN keeps code for every shape that it has met, half a MiB each, of up to 1024 shapes; batches
+# have new ones for ever. So many are enough for those that come again, and a miss costs 1 ms.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
+
 if TYPE_CHECKING:
     from p2pllm.client.client import Swarm, connect
     from p2pllm.client.model import SwarmModel

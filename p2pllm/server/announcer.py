@@ -71,6 +71,7 @@ class Announcer:
             presence,
             free_tokens=serving.pages.num_free * PAGE_TOKENS,
             queue_s=serving.worker.queue_s,
+            prefill_slowdown=serving.worker.prefill_slowdown,
         )
 
     # --- the states, each told at once ---------------------------------------------------------
@@ -200,4 +201,5 @@ def _matters(said: Presence, now: Presence) -> bool:
     free = abs(said.free_tokens - now.free_tokens) > MATTERS * max(said.free_tokens, PAGE_TOKENS)
     queue = abs(said.queue_s - now.queue_s) > max(MATTERS * said.queue_s, 0.01)
     rtts = {peer for peer, _ in said.rtts} != {peer for peer, _ in now.rtts}
-    return free or queue or rtts or said.state != now.state
+    prefill = abs(said.prefill_slowdown / now.prefill_slowdown - 1) > MATTERS
+    return free or queue or rtts or prefill or said.state != now.state

@@ -87,6 +87,21 @@ class Pace:
             return most
         return min(most, max(LEAST_TOKENS, int(spare_s / token_s)))
 
+    def slowdown(self, piece_factor: float) -> float:
+        """How many times as long a prompt takes beside decode rows as alone.
+
+        It goes in pieces whose batch takes `piece_factor` decode batches, each followed by a batch
+        of decode rows alone; otherwise in whole chunks.
+        """
+        decode_s, token_s = self._decode_s.get(0.0), self._token_s.get(0.0)
+        if not (decode_s and token_s):
+            return 1.0
+        piece = self.piece_tokens(piece_factor * decode_s, 1, self.chunk_tokens)
+        if piece == self.chunk_tokens:
+            return 1.0
+        alone_s = decode_s / self.chunk_tokens + token_s
+        return (2 * decode_s / piece + token_s) / alone_s
+
     def _is_large(self, num_tokens: int) -> bool:
         return num_tokens >= LARGE * self.chunk_tokens
 

@@ -2,9 +2,10 @@
 
 Rows of different sessions and clients share a batch if they run through the same blocks. Decode
 rows go first, all that wait at once, for a batch of eight costs little more than one row. A piece
-of one prompt goes with them, and shares their reading of the weights (Sarathi, arXiv 2308.16369),
-cut so that it costs the others about one decode step (`p2pllm.server.pace`). So that a prompt is
-not starved, of two batches one has a piece, of whatever length.
+of a prompt goes with them, and shares their reading of the weights (Sarathi, arXiv 2308.16369),
+cut so that it costs the others about one decode step (`p2pllm.server.pace`); what a short prompt
+leaves over of that is the next one's. So that prompts are not starved, of two batches one has a
+piece, of whatever length.
 
 While decode rows are merely away, at other hops or their clients, pieces stay small: a row that
 comes back in the middle of one waits for its end. What it has waited counts as part of its one
@@ -18,8 +19,9 @@ already, beyond a quarter of them, so that nobody fills the queue alone.
 Pure: it orders values; `p2pllm.server.worker` computes, and tells how long that took.
 """
 
+import itertools
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from p2pllm.errors import Busy, ConfigError
@@ -79,7 +81,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What to compute in one go: all pieces run through `span`. At most one is a prompt's."""
+    """What to compute in one go: all pieces run through `span`."""
 
     span: Span
     pieces: tuple[Piece, ...]
@@ -125,6 +127,11 @@ class Scheduler:
         """How long rows have waited lately; 0 once nobody has waited for `FORGET_S`."""
         is_idle = not self._rows and now - self._served_at > FORGET_S
         return 0.0 if is_idle else self._wait_s.get(0.0)
+
+    def prefill_slowdown(self, now: float) -> float:
+        """How many times as long prompts take, for others decode; 1 if nobody does."""
+        self._forget_gone(now)
+        return self._pace.slowdown(WITH_DECODE) if self._decoding else 1.0
 
     def add(self, tasks: Iterable[Task]) -> None:
         """Queue rows; raises Busy, with none of them queued, if there are too many."""
@@ -176,12 +183,13 @@ class Scheduler:
                 prompt = None
             else:
                 decode = []
-        size = 0 if prompt is None else self._piece_size(prompt, decode, now)
+        room = self.batch_tokens - sum(task.left_tokens for task in decode)
+        most = min(self.chunk_tokens, room)
+        budget = 0 if prompt is None else self._prompt_tokens(prompt, decode, most, now)
         pieces = [self._take(task, task.left_tokens) for task in decode]
-        if prompt is not None and size:
-            pieces.append(self._take(prompt, size))
-            self._prefill.move_to_end(prompt.client)
-        self._had_piece, self._is_due = bool(size), bool(self._prefill) and not size
+        if prompt is not None and budget:
+            pieces += self._prompt_pieces(prompt.span, budget, most)
+        self._had_piece, self._is_due = bool(budget), bool(self._prefill) and not budget
         self._note(pieces, now)
         for piece in pieces:  # only now, so that no session is in the batch twice
             if piece.is_last:
@@ -215,11 +223,9 @@ class Scheduler:
         fits = room >= min(LEAST_TOKENS, self.chunk_tokens, prompt.left_tokens)
         return fits and decode[0].span == prompt.span
 
-    def _piece_size(self, prompt: Task, decode: list[Task], now: float) -> int:
-        """How many tokens of a prompt go into the next batch, with these decode rows; 0: none."""
+    def _prompt_tokens(self, prompt: Task, decode: list[Task], most: int, now: float) -> int:
+        """How many tokens of prompts go into the next batch, with these decode rows; 0: none."""
         pace, num_blocks = self._pace, len(prompt.span)
-        decode_tokens = sum(task.left_tokens for task in decode)
-        most = min(prompt.left_tokens, self.chunk_tokens, self.batch_tokens - decode_tokens)
         decode_s = pace.decode_s(num_blocks)
         within_s = WHILE_AWAY * decode_s
         if decode:
@@ -232,8 +238,33 @@ class Scheduler:
                 return 0  # alone for once, to learn what they take
         elif not self._decoding:
             return most
-        size = pace.piece_tokens(within_s, num_blocks, most)
-        return most if most - size < size // 4 else size  # no batch for a small rest
+        return pace.piece_tokens(within_s, num_blocks, most)
+
+    def _prompt_pieces(self, span: Span, budget: int, most: int) -> list[Piece]:
+        """Pieces of prompts through the same blocks while `budget` tokens allow; peers take turns.
+
+        For the rest of a prompt that would be a small batch, the budget is exceeded, up to `most`.
+        """
+        pieces: list[Piece] = []
+        for task in self._prompts_by_turns():
+            if pieces and (task.span != span or budget < min(LEAST_TOKENS, task.left_tokens)):
+                break
+            size = min(budget, task.left_tokens)
+            if task.left_tokens - size < size // 4:
+                size = min(task.left_tokens, most)
+            pieces.append(self._take(task, size))
+            budget, most = budget - size, most - size
+        for piece in pieces:
+            self._prefill.move_to_end(piece.task.client)
+        return pieces
+
+    def _prompts_by_turns(self) -> Iterator[Task]:
+        """The first row of each session with a prefill: one of each peer, then the second ones."""
+        lines = [iter(list(sessions)) for sessions in self._prefill.values()]
+        for sessions in itertools.zip_longest(*lines):
+            for session in sessions:
+                if session is not None:
+                    yield self._rows[session][0]
 
     def _forget_gone(self, now: float) -> None:
         """Sessions that have not decoded for a while are not expected back."""

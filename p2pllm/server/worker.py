@@ -168,6 +168,11 @@ class Worker:
         """How long rows wait lately."""
         return self._scheduler.queue_s(self._now())
 
+    @property
+    def prefill_slowdown(self) -> float:
+        """How many times as long prompts take now as on an idle server."""
+        return self._scheduler.prefill_slowdown(self._now())
+
     def add(self, source: StepInput) -> None:
         """Queue the rows of a step; raises Busy, with none queued, if too much waits."""
         num_bytes, held = source.num_bytes, self._held_bytes[source.client]

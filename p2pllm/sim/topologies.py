@@ -193,7 +193,9 @@ class _Lab:
         """A client that may use these servers."""
         self._shape(place)
         allowed = frozenset(str(self._peers[name]) for name in names)
-        async with self._swarm.client(ClientConfig(allowed_servers=allowed)) as model:
+        # The same prompt again and again is to be computed each time.
+        config = ClientConfig(allowed_servers=allowed, is_prefix_shared=False)
+        async with self._swarm.client(config) as model:
             yield model
 
     async def generate(self, model: SwarmModel) -> Run:

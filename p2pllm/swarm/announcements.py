@@ -35,6 +35,7 @@ _MAX_TOKENS = 2**32 - 1
 _MAX_SECONDS = 3600.0  # of a queue, or of one block's step
 _MIN_SECONDS = 1e-9
 _MIN_RATE, _MAX_RATE = 1e-3, 1e12
+_MAX_SLOWDOWN = 1e3
 _MAX_RTT_S = 60.0
 _RTT = struct.Struct(f">{PEER_ID_BYTES}sI")  # PeerId, round trip in microseconds
 
@@ -53,7 +54,8 @@ class Presence:
 
     `seconds_per_block_1` and `_8`: one decode step of one block for 1 and for 8 sequences at once.
     `prefill_tokens_s`: tokens × blocks per second while reading a prompt, so that T tokens take
-    T × blocks / prefill_tokens_s seconds. `free_tokens`: room in the K/V cache for new sessions,
+    T × blocks / prefill_tokens_s seconds; `prefill_slowdown` times as long while others decode
+    there, as now. `free_tokens`: room in the K/V cache for new sessions,
     as tokens that may each go through the whole span. `queue_s`: how long a new step waits.
     `rtts`: measured round trips in seconds to servers that could be the next hop.
     `relays`: peers through which it can be reached when it cannot be dialled.
@@ -68,6 +70,7 @@ class Presence:
     seconds_per_block_1: float = 0.01
     seconds_per_block_8: float = 0.01
     prefill_tokens_s: float = 1000.0
+    prefill_slowdown: float = 1.0
     free_tokens: int = 0
     queue_s: float = 0.0
     max_tokens_per_session: int = 0
@@ -96,6 +99,7 @@ class Presence:
             "block1_s": _clamp(self.seconds_per_block_1, _MIN_SECONDS, _MAX_SECONDS),
             "block8_s": _clamp(self.seconds_per_block_8, _MIN_SECONDS, _MAX_SECONDS),
             "prefill": _clamp(self.prefill_tokens_s, _MIN_RATE, _MAX_RATE),
+            "slow": _clamp(self.prefill_slowdown, 1.0, _MAX_SLOWDOWN),
             "free": min(max(self.free_tokens, 0), _MAX_TOKENS),
             "queue_s": _clamp(self.queue_s, 0.0, _MAX_SECONDS),
             "max_tokens": min(max(self.max_tokens_per_session, 0), _MAX_TOKENS),
@@ -127,6 +131,7 @@ class Presence:
             seconds_per_block_1=_number(body, "block1_s", _MIN_SECONDS, _MAX_SECONDS),
             seconds_per_block_8=_number(body, "block8_s", _MIN_SECONDS, _MAX_SECONDS),
             prefill_tokens_s=_number(body, "prefill", _MIN_RATE, _MAX_RATE),
+            prefill_slowdown=_number(body, "slow", 1.0, _MAX_SLOWDOWN) if "slow" in body else 1.0,
             free_tokens=_integer(body, "free", 0, _MAX_TOKENS),
             queue_s=_number(body, "queue_s", 0.0, _MAX_SECONDS),
             max_tokens_per_session=_integer(body, "max_tokens", 0, _MAX_TOKENS),

@@ -90,8 +90,8 @@ class ServerView:
     @property
     def expected_prefill_tokens_s(self) -> float:
         """Tokens × blocks per second while reading a prompt."""
-        measured = self.prefill_tokens_s
-        return self.presence.prefill_tokens_s if measured is None else measured
+        measured, said = self.prefill_tokens_s, self.presence
+        return said.prefill_tokens_s / said.prefill_slowdown if measured is None else measured
 
     def seconds_per_block(self, batch: int) -> float:
         """One decode step of one block for `batch` sequences: our measurement scaled by the

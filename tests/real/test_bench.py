@@ -64,3 +64,21 @@ def test_wire_reports_bytes_and_errors_of_every_codec(tmp_path: Path) -> None:
     assert rows["1 token", "raw"]["bytes_per_token"] == 1152
     assert 0 < rows["prompt of 256", "int8"]["error_at_10"] < 0.02
     assert rows["prompt of 256", "int8"]["bytes_per_token"] == 594
+
+
+def test_forward_reports_tokens_per_second_beside_one_process(tmp_path: Path) -> None:
+    result, _ = bench(tmp_path, "forward")
+
+    (row,) = result["forward"]
+    assert row["tokens_per_s"] > 0
+    assert row["ratio_to_blocks_alone"] > 0
+    assert row["ratio_to_transformers"] > 0
+
+
+def test_soak_reports_memory_and_that_all_pages_are_free_again(tmp_path: Path) -> None:
+    result, _ = bench(tmp_path, "soak")
+
+    (row,) = result["soak"]
+    assert row["finished"] > 0
+    assert (row["failed"], row["most_pages_not_free"]) == (0, 0)
+    assert all(reading["sessions"] == 0 for reading in result["readings"])

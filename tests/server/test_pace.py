@@ -136,3 +136,25 @@ def test_whatever_is_measured_a_piece_is_within_its_bounds(seed: int) -> None:
         most = rng.randint(1, CHUNK)
         size = pace.piece_tokens(rng.choice([-1.0, 0.0, 1e-3, 1e6]), 15, most)
         assert min(most, LEAST_TOKENS) <= size <= most
+
+
+def test_prompts_take_longer_while_others_decode_and_their_pieces_are_small() -> None:
+    pace = Pace(256)
+    assert pace.slowdown(2.0) == 1.0, "nothing is known"
+    for _ in range(20):
+        pace.on_batch(0.004, 1, 0)
+        pace.on_batch(0.008, 1, 20)
+        pace.on_batch(0.055, 1, 256)
+    slowdown = pace.slowdown(2.0)
+    piece = pace.piece_tokens(0.008, 1, 256)
+    assert 16 <= piece < 40
+    assert 1.5 < slowdown < 4.0
+
+
+def test_where_whole_chunks_cost_hardly_more_prompts_are_not_slowed_down() -> None:
+    pace = Pace(256)
+    for _ in range(20):
+        pace.on_batch(0.010, 1, 0)
+        pace.on_batch(0.020, 1, 20)
+        pace.on_batch(0.021, 1, 256)
+    assert pace.slowdown(2.0) == 1.0

@@ -470,7 +470,7 @@ class Queueing(RuleBasedStateMachine):
         assert sum(piece.num_tokens for piece in batch.pieces) <= self.scheduler.batch_tokens
         prompts = [piece for piece in batch.pieces if not piece.task.is_decode]
         assert sum(piece.num_tokens for piece in prompts) <= self.scheduler.chunk_tokens
-        assert len(prompts) <= 1
+        assert all(piece.is_last for piece in prompts[:-1]), "only the last is cut"
         if has_decode and len(prompts) == len(batch.pieces):
             assert not self.was_without_decode, "decode waits for two batches"
         if has_prefill and not prompts:
@@ -510,3 +510,24 @@ class Queueing(RuleBasedStateMachine):
 
 TestQueueing = Queueing.TestCase
 TestQueueing.settings = settings(max_examples=60, stateful_step_count=40)
+
+
+# --- several short prompts ---------------------------------------------------------------------
+
+
+def test_short_prompts_of_several_peers_share_a_batch() -> None:
+    tasks = [task(number, 20, client=(ALICE, BOB)[number % 2]) for number in range(5)]
+
+    made = scheduler(*tasks, chunk_tokens=64)
+
+    assert tasks_of(made.next_batch(0.0)) == [tasks[0], tasks[1], tasks[2]]
+    assert tasks_of(made.next_batch(0.0)) == [tasks[3], tasks[4]]
+
+
+def test_what_a_short_prompt_leaves_over_is_the_next_ones() -> None:
+    short, long = task(1, 20, client=ALICE), task(2, 200, client=BOB)
+
+    batch = scheduler(short, long, chunk_tokens=64).next_batch(0.0)
+
+    assert batch is not None
+    assert [(p.task, p.num_tokens) for p in batch.pieces] == [(short, 20), (long, 44)]

@@ -5,6 +5,15 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+AT_A_SERVER = (
+    "received",
+    "step parsed",
+    "step queued",
+    "device begins",
+    "device ends",
+    "results taken",
+    "sends",
+)
 STEP_BYTES = 600  # a message that holds a hidden state has more; acknowledgements have less
 
 
@@ -31,9 +40,7 @@ def stations(hops: int) -> list[tuple[str, str]]:
     """A token's way: who, and what happens there."""
     way = [("client", "sends")]
     for number in range(1, hops + 1):
-        server = ("received", "step parsed", "step queued", "device begins")
-        server += ("device ends", "results taken", "sends")
-        way += [(f"server {number}", station) for station in server]
+        way += [(f"server {number}", station) for station in AT_A_SERVER]
     return [*way, *(("client", name) for name in ("received", "answer parsed", "answer matched"))]
 
 
