@@ -637,8 +637,7 @@ def test_a_full_queue_is_busy_for_who_filled_it_and_nobody_else() -> None:
         await bob.open(TWO)
         for number in range(10, 20):
             await alice.open(session_id(number))
-        for number in range(10, 20):
-            await alice.push([of(number, row(0, 0, 64))])
+        await together(alice.push([of(number, row(0, 0, 64))]) for number in range(10, 20))
         await bob.step(of(2, row(0, 0, 5)))
         await alice.answered(10)
         assert len(bob.outputs) == 1
