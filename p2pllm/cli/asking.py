@@ -1,5 +1,6 @@
 """What `generate`, `chat` and `demo` share: reaching a model, and telling how it went."""
 
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,9 @@ async def swarm_model(
             spans = ", ".join(str(span) for span in missing)
             activity.clear()
             tell(f"no server for blocks {spans} of {model.model_id}; waiting {use.patience:g} s")
+        # What is there now stays: a look through it for garbage takes 20 ms amid a text.
+        gc.collect()
+        gc.freeze()
         yield model
 
 

@@ -6,6 +6,7 @@ All generations of one such process share a node, as those of a program do that 
 """
 
 import asyncio
+import gc
 import json
 import random
 import sys
@@ -192,6 +193,8 @@ async def joined(setup: ClientSetup) -> AsyncIterator[SwarmModel]:
 async def take_part(setup: ClientSetup) -> None:
     """Until standard input ends."""
     async with joined(setup) as model:
+        gc.collect()
+        gc.freeze()  # as `p2pllm generate` does
         bench = Bench(model)
         asked = {"closed": bench.closed, "open": bench.open, "prefill": bench.prefill}
         more = {"forward": bench.forward, "soak": bench.soak, "usage": bench.usage}

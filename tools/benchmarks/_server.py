@@ -9,6 +9,7 @@ software costs per hop.
 """
 
 import asyncio
+import gc
 import os
 import sys
 import time
@@ -175,6 +176,8 @@ async def serve(setup: ServerSetup) -> None:
     async with Server.open(
         config, Identity.generate(), source, BlockChoice(span), network=TcpNetwork()
     ) as server:
+        gc.collect()
+        gc.freeze()  # as `p2pllm serve` does
         bench = Bench(server, weight_bytes)
         greeting = {"address": str(server.node.addresses[0])}
         await answer_async(greeting, {"usage": bench.usage, "step": bench.step})
