@@ -40,7 +40,15 @@ from p2pllm.net.endpoint import Endpoint
 from p2pllm.net.frames import Priority
 from p2pllm.net.rpc import Request
 from p2pllm.tasks import task_group, together
-from p2pllm.wire.messages import HopFailed, HopTiming, Leaving, Output, Row, Step
+from p2pllm.wire.messages import (
+    MIN_BUDGET_S,
+    HopFailed,
+    HopTiming,
+    Leaving,
+    Output,
+    Row,
+    Step,
+)
 from p2pllm.wire.rows import (
     RowCoding,
     assembled,
@@ -55,7 +63,6 @@ from p2pllm.wire.tensors import WireTensor
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 2.0  # to a hop that we were connected to a while ago
-MIN_BUDGET_S = 0.001  # 0 would mean "no deadline"
 
 OwnerT = TypeVar("OwnerT")
 

@@ -33,7 +33,16 @@ from p2pllm.server.scheduler import DECODE_TOKENS
 from p2pllm.server.sessions import Session
 from p2pllm.server.successors import Successors
 from p2pllm.server.worker import BadInput
-from p2pllm.wire.messages import MAX_TEXT, Echo, HopFailed, HopTiming, Output, Row, Step
+from p2pllm.wire.messages import (
+    MAX_TEXT,
+    MIN_BUDGET_S,
+    Echo,
+    HopFailed,
+    HopTiming,
+    Output,
+    Row,
+    Step,
+)
 from p2pllm.wire.rows import (
     RowCoding,
     assembled,
@@ -51,7 +60,6 @@ SEND_TIMEOUT_S = 15.0  # the transport gives a peer up after as long
 MAX_UNSENT = 256  # messages on their way to one client; beyond, outputs are only kept
 MAX_UNSENT_BYTES = 64 * 2**20  # of their tensors, beyond the first
 CONGESTED_S = 0.5  # before an output that could not be sent on is asked for again
-MIN_BUDGET_S = 0.001  # 0 would mean "no deadline"
 ROWS_PER_REPORT = 512  # a body has room for 1024
 
 _DIALS = "too many peers were dialled for you"

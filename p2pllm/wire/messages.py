@@ -34,6 +34,7 @@ MAX_TENSORS = 4
 MAX_TEXT = 1024  # characters of an error's sentence or a name
 MAX_ITEMS = 1024  # entries of any array in a body
 HEAD_BYTES = 8
+MIN_BUDGET_S = 0.001  # of a Step that has a deadline: 0 means that it has none
 MAX_COUNT = 2**31 - 1  # of anything that is numbered or counted
 PREFIX_TOKENS = 64  # that each further prefix key of an Open stands for: a page of the caches
 PREFIX_KEY_BYTES = 16
